@@ -1,0 +1,339 @@
+"""Attention over up to three streams of keys under one softmax (arXiv 2407.06324; our spec 2.3).
+
+Query i attends to in-context keys of tokens (i - W, i], to fading keys, made from the SSM's
+output f, of tokens (i - W - F, i - W], and to the eidetic keys of its chunk's memory. Queries and
+keys of the window are rotated to their own positions; eidetic keys as `eidetic_positions` says.
+The fading projections are the in-context ones unless they are untied.
+
+Matrix products run in the compute dtype; norms, rotary angles, softmax are float32.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from bmojo_jax import memory, sharding
+from bmojo_jax.cache import (
+    AttentionCache,
+    EideticCache,
+    KeyRing,
+    Piece,
+    ring_times,
+    write,
+    write_keys,
+)
+from bmojo_jax.config import ModelConfig
+from bmojo_jax.layers import Documents, Projection, RMSNorm, at_least_float32, rotary
+from bmojo_jax.memory import Selection
+
+# Keeps log(e / mean e) finite where a token was predicted without error.
+INNOVATION_FLOOR = 1e-6
+
+
+class KeyStream(NamedTuple):
+    """Keys that some queries see: rotated, with a mask and an optional addition to the logits."""
+
+    k_BSGK: Float[Array, "B S G K"]
+    v_BSGK: Float[Array, "B S G K"]
+    visible_BLS: Bool[Array, "B L S"]
+    bias_BHS: Float[Array, "B H S"] | None = None
+
+
+def attend(q_BLHK: Float[Array, "B L H K"], streams: list[KeyStream]) -> Float[Array, "B L H K"]:
+    """Dense attention of a few queries over all streams under one softmax: decoding."""
+    batch, length, heads, width = q_BLHK.shape
+    wide = at_least_float32(q_BLHK.dtype)
+    logits = []
+    for k_BSGK, _, visible_BLS, bias_BHS in streams:
+        groups = k_BSGK.shape[2]
+        q = q_BLHK.reshape(batch, length, groups, heads // groups, width)
+        scores = jnp.einsum(
+            "BLGJK,BSGK->BGJLS", q, k_BSGK.astype(q.dtype), preferred_element_type=wide
+        )
+        scores = scores.reshape(batch, heads, length, -1) * width**-0.5
+        if bias_BHS is not None:
+            scores = scores + bias_BHS[:, :, None, :]
+        logits.append(jnp.where(visible_BLS[:, None], scores, -jnp.inf))
+    weights_BHLS = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
+    # A query beyond its row's length may see nothing; its output is ignored, but must not be NaN.
+    weights_BHLS = jnp.where(jnp.isnan(weights_BHLS), 0, weights_BHLS).astype(q_BLHK.dtype)
+    v_BSGK = jnp.concatenate([stream.v_BSGK.astype(q_BLHK.dtype) for stream in streams], axis=1)
+    groups = v_BSGK.shape[2]
+    weights = weights_BHLS.reshape(batch, groups, heads // groups, length, -1)
+    o = jnp.einsum("BGJLS,BSGK->BLGJK", weights, v_BSGK, preferred_element_type=wide)
+    return o.reshape(batch, length, heads, width).astype(q_BLHK.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections, norms, rotary and the joint softmax; which tokens to remember comes from outside.
+
+    Used for full attention, sliding windows (no fading, no memory) and inside the B'MOJO mixer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        window: int | None,
+        fading_window: int,
+        eidetic_tokens: int,
+        output_scale: float,
+        rngs: nnx.Rngs,
+    ):
+        """`window=None` attends to everything before."""
+        width, heads, kv_heads, head = (
+            config.width,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_width,
+        )
+        self.config = config
+        self.window = window
+        self.fading_window = fading_window
+        self.eidetic_tokens = eidetic_tokens
+        self.q_proj = Projection((width,), (heads, head), rngs=rngs)
+        self.k_proj = Projection((width,), (kv_heads, head), rngs=rngs)
+        self.v_proj = Projection((width,), (kv_heads, head), rngs=rngs)
+        if fading_window and config.fading_projections == "untied":
+            self.fading_k_proj = Projection((width,), (kv_heads, head), rngs=rngs)
+            self.fading_v_proj = Projection((width,), (kv_heads, head), rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head, config.norm_eps)
+            self.k_norm = RMSNorm(head, config.norm_eps)
+        if eidetic_tokens and config.eidetic_gate:
+            self.eidetic_gate = nnx.Param(jnp.zeros((heads,), jnp.float32))
+        self.o_proj = Projection((heads, head), (width,), scale=output_scale, rngs=rngs)
+
+    def queries(self, u_BLD: Array) -> Array:
+        """q_BLHK, normed and not yet rotated."""
+        q_BLHK = self.q_proj(u_BLD)
+        return self.q_norm(q_BLHK) if self.config.qk_norm else q_BLHK
+
+    def keys_values(self, u_BLD: Array) -> tuple[Array, Array]:
+        """In-context k_BLGK, v_BLGK; k is normed and not yet rotated: what the memory stores."""
+        return self._normed(self.k_proj(u_BLD)), self.v_proj(u_BLD)
+
+    def fading_keys_values(self, f_BLD: Array) -> tuple[Array, Array]:
+        """The same of the fading stream."""
+        if self.config.fading_projections == "tied":
+            return self.keys_values(f_BLD)
+        return self._normed(self.fading_k_proj(f_BLD)), self.fading_v_proj(f_BLD)
+
+    def _normed(self, k_BLGK):
+        return self.k_norm(k_BLGK) if self.config.qk_norm else k_BLGK
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        return rotary(x, positions, self.config.rope_theta)
+
+    def gate_bias(self, innovation: Array, valid: Array) -> Array:
+        """b_h log(e_j / mean e), mean over the memory's tokens: [..., M] -> [..., H, M]."""
+        count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
+        present = jnp.where(valid, innovation, 0)
+        mean = jnp.sum(present, axis=-1, keepdims=True) / count
+        ratio = (present + INNOVATION_FLOOR) / (mean + INNOVATION_FLOOR)
+        gate_H = self.eidetic_gate[...]
+        shape = (1,) * (innovation.ndim - 1) + (-1, 1)
+        return gate_H.reshape(shape) * jnp.log(ratio)[..., None, :]
+
+    def output(self, o_BLHK: Array) -> Array:
+        return self.o_proj(o_BLHK)
+
+    def __call__(
+        self,
+        u_BLD: Float[Array, "B L D"],
+        documents: Documents,
+        *,
+        f_BLD: Float[Array, "B L D"] | None = None,
+        selection: Selection | None = None,
+        e_BL: Float[Array, "B L"] | None = None,
+        statistics: bool = False,
+    ) -> tuple[Float[Array, "B L D"], dict[str, Array]]:
+        """The whole pass.
+
+        Args:
+          f_BLD: the fading stream (needed when fading_window > 0).
+          selection, e_BL: the eidetic memory and the innovations (when eidetic_tokens > 0).
+          statistics: also return the share of attention mass on each stream.
+        """
+        positions_BL = documents.positions_BL
+        q_BLHK = self.rotate(self.queries(u_BLD), positions_BL)
+        k_BLGK, v_BLGK = self.keys_values(u_BLD)
+        streams = {}
+        if selection is not None:
+            streams |= self._eidetic(k_BLGK, v_BLGK, selection, e_BL, positions_BL)
+        if self.fading_window:
+            fading_k_BLGK, fading_v_BLGK = self.fading_keys_values(f_BLD)
+            streams |= {
+                "fading_k_BLGK": self.rotate(fading_k_BLGK, positions_BL),
+                "fading_v_BLGK": fading_v_BLGK,
+                "fading_window": self.fading_window,
+            }
+        window = u_BLD.shape[1] if self.window is None else self.window
+        shared = {
+            "window": window,
+            "segment_ids_BL": documents.segment_ids_BL,
+            "implementation": self.config.attention_implementation,
+        }
+        qkv = (q_BLHK, self.rotate(k_BLGK, positions_BL), v_BLGK)
+        o_BLHK, lse_BLH = sharding.memory_attention(*qkv, **streams, **shared)
+        masses = {}
+        if statistics:
+            fading = {name: value for name, value in streams.items() if "fading" in name}
+            window_lse = sharding.memory_attention(*qkv, **shared).lse_BLH
+            recent_lse = sharding.memory_attention(*qkv, **fading, **shared).lse_BLH
+            in_context = jnp.mean(jnp.exp(window_lse - lse_BLH))
+            recent = jnp.mean(jnp.exp(recent_lse - lse_BLH))
+            masses = {
+                "mass_in_context": in_context,
+                "mass_fading": recent - in_context,
+                "mass_eidetic": 1 - recent,
+            }
+        return self.output(o_BLHK), masses
+
+    def extend(
+        self,
+        u_BLD: Float[Array, "B L D"],
+        cache: AttentionCache,
+        piece: Piece,
+        *,
+        f_BLD: Float[Array, "B L D"] | None = None,
+        e_BL: Float[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], AttentionCache]:
+        """Continues every row by a piece: dense attention over the cached keys.
+
+        Rotary counts from the piece's first token: only differences matter, and small angles
+        stay exact however long the row is.
+        """
+        time_BL = piece.time_BL[:, :, None]
+        start_BL = piece.start_BL[:, :, None]
+        zero_B1 = piece.time_B[:, None]
+        q_BLHK = self.rotate(self.queries(u_BLD), piece.time_BL - zero_B1)
+        k_BLGK, v_BLGK = self.keys_values(u_BLD)
+        ring = write_keys(cache.window, k_BLGK, v_BLGK, piece)
+
+        def stream(ring: KeyRing, oldest: int | None, newest: int) -> KeyStream:
+            """The keys whose age is in [newest, oldest)."""
+            time_BR = ring_times(piece.end_B, ring.k_BRGK.shape[1])
+            age_BLR = time_BL - time_BR[:, None, :]
+            visible = (age_BLR >= newest) & (time_BR[:, None, :] >= jnp.maximum(start_BL, 0))
+            if oldest is not None:
+                visible &= age_BLR < oldest
+            return KeyStream(self.rotate(ring.k_BRGK, time_BR - zero_B1), ring.v_BRGK, visible)
+
+        streams = [stream(ring, self.window, 0)]
+        fading, eidetic = cache.fading, cache.eidetic
+        if fading is not None:
+            fading = write_keys(fading, *self.fading_keys_values(f_BLD), piece)
+            streams.append(stream(fading, self.window + self.fading_window, self.window))
+        if eidetic is not None:
+            eidetic = eidetic._replace(e_BR=write(eidetic.e_BR, e_BL, piece))
+            eidetic, memories = self._extend_memory(eidetic, ring, piece)
+            streams += memories
+        o_BLHK = attend(q_BLHK, streams)
+        return self.output(o_BLHK), AttentionCache(window=ring, fading=fading, eidetic=eidetic)
+
+    def _extend_memory(
+        self, before: EideticCache, ring: KeyRing, piece: Piece
+    ) -> tuple[EideticCache, list[KeyStream]]:
+        """Refreshes the memory of the rows whose piece crosses a chunk border.
+
+        Queries before the border see the old memory, the others the new one.
+        """
+        chunk, window = self.config.chunk, self.config.window
+        length = piece.positions_BL.shape[1]
+        border_B = -(-piece.time_B // chunk) * chunk
+        crosses_B = border_B < piece.end_B
+        time_BC = (border_B - chunk - window + 1)[:, None] + jnp.arange(chunk)[None, :]
+        slot_BC = time_BC % ring.k_BRGK.shape[1]
+        index_B1 = jnp.clip(border_B - piece.time_B, 0, length - 1)[:, None]
+        start_B = jnp.take_along_axis(piece.start_BL, index_B1, axis=1)[:, 0]
+
+        def refresh(before: EideticCache) -> EideticCache:
+            e_BC = jnp.take_along_axis(before.e_BR, slot_BC, axis=1)
+            slots, source_BM = memory.absorb(before.slots, e_BC, time_BC, start_B)
+            source = jnp.maximum(source_BM, 0)[:, :, None, None]
+
+            def gather(old_BMGK, ring_BRGK):
+                fresh = jnp.take_along_axis(ring_BRGK, slot_BC[:, :, None, None], axis=1)
+                return jnp.take_along_axis(jnp.concatenate([old_BMGK, fresh], 1), source, axis=1)
+
+            after = EideticCache(
+                slots=slots,
+                k_BMGK=gather(before.k_BMGK, ring.k_BRGK),
+                v_BMGK=gather(before.v_BMGK, ring.v_BRGK),
+                e_BR=before.e_BR,
+            )
+
+            def choose(new, old):
+                return jnp.where(crosses_B.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
+
+            return jax.tree.map(choose, after, before)
+
+        after = jax.lax.cond(jnp.any(crosses_B), refresh, lambda before: before, before)
+        crossed_BL1 = (piece.time_BL >= border_B[:, None])[:, :, None]
+        if length == 1:
+            border_B = jnp.where(crosses_B, border_B, border_B - chunk)
+            return after, [self._memory_stream(after, border_B, piece, jnp.ones_like(crossed_BL1))]
+        return after, [
+            self._memory_stream(before, border_B - chunk, piece, ~crossed_BL1),
+            self._memory_stream(after, border_B, piece, crossed_BL1),
+        ]
+
+    def _memory_stream(
+        self, eidetic: EideticCache, border_B: Array, piece: Piece, sees_BL1: Array
+    ) -> KeyStream:
+        """The memory of the chunk that starts at border_B, for the queries that see it."""
+        config = self.config
+        time_BM = eidetic.slots.time_BM
+        valid_BM = time_BM >= 0
+        k_BMGK = eidetic.k_BMGK
+        if config.eidetic_positions == "slot":
+            slots = memory.slot_positions(
+                border_B - piece.time_B,
+                window=config.window,
+                fading_window=self.fading_window,
+                size=self.eidetic_tokens,
+            )
+            k_BMGK = self.rotate(k_BMGK, slots)
+        elif config.eidetic_positions == "original":
+            k_BMGK = self.rotate(k_BMGK, time_BM - piece.time_B[:, None])
+        same_document = time_BM[:, None, :] >= piece.start_BL[:, :, None]
+        bias_BHM = None
+        if config.eidetic_gate:
+            bias_BHM = self.gate_bias(eidetic.slots.innovation_BM, valid_BM)
+        visible = valid_BM[:, None, :] & same_document & sees_BL1
+        return KeyStream(k_BMGK, eidetic.v_BMGK, visible, bias_BHM)
+
+    def _eidetic(self, k_BLGK, v_BLGK, selection, e_BL, positions_BL):
+        """The arguments of `memory_attention` that describe the eidetic stream."""
+        config = self.config
+        index_BZM, valid_BZM = selection
+        batch, num_chunks, size = index_BZM.shape
+        flat = index_BZM.reshape(batch, num_chunks * size)
+        heads = (batch, num_chunks, size, *k_BLGK.shape[2:])
+        eidetic_k = jnp.take_along_axis(k_BLGK, flat[:, :, None, None], axis=1).reshape(heads)
+        eidetic_v = jnp.take_along_axis(v_BLGK, flat[:, :, None, None], axis=1).reshape(heads)
+        if config.eidetic_positions == "slot":
+            slots = memory.slot_positions(
+                positions_BL[:, :: config.chunk],
+                window=config.window,
+                fading_window=self.fading_window,
+                size=size,
+            )
+            eidetic_k = self.rotate(eidetic_k, slots)
+        elif config.eidetic_positions == "original":
+            original = jnp.take_along_axis(positions_BL, flat, axis=1).reshape(index_BZM.shape)
+            eidetic_k = self.rotate(eidetic_k, original)
+        stream = {
+            "eidetic_k_BZMGK": eidetic_k,
+            "eidetic_v_BZMGK": eidetic_v,
+            "eidetic_valid_BZM": valid_BZM,
+            "chunk": config.chunk,
+        }
+        if config.eidetic_gate:
+            e_BZM = jnp.take_along_axis(e_BL, flat, axis=1).reshape(index_BZM.shape)
+            stream["eidetic_bias_BZHM"] = self.gate_bias(e_BZM, valid_BZM)
+        return stream

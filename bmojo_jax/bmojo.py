@@ -1,0 +1,114 @@
+"""The B'MOJO mixer: fading memory, innovation test and joint attention (arXiv 2407.06324).
+
+    f = SSM(u)                                    fading memory, normed when `fading_norm`
+    memory = top-M of innovation(f), by chunk     long-term eidetic memory (`memory.py`)
+    out = Attention(u; window of u, of f, memory)   (+ f before the norm when `ssm_residual`)
+
+With M = 0 this is B'MOJO-F; with F = 0 too it is a sliding window beside an SSM.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from bmojo_jax.attention import Attention
+from bmojo_jax.cache import BmojoCache, Piece, shift
+from bmojo_jax.config import ModelConfig
+from bmojo_jax.layers import Documents, RMSNorm
+from bmojo_jax.memory import Selection, innovation, select
+from bmojo_jax.ssm import Mamba
+
+
+class Bmojo(nnx.Module):
+    """u [B, L, D] -> out [B, L, D]; `eidetic_tokens` = 0 for B'MOJO-F."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        eidetic_tokens: int,
+        output_scale: float,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.eidetic_tokens = eidetic_tokens
+        # Scaled down like every branch where f reaches the residual stream; where it is a stream
+        # of keys only, its scale must match that of u.
+        ssm_scale = output_scale if config.ssm_residual else 1.0
+        self.ssm = Mamba(config, output_scale=ssm_scale, rngs=rngs)
+        if config.fading_norm:
+            self.fading_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(
+            config,
+            window=config.window,
+            fading_window=config.fading_span,
+            eidetic_tokens=eidetic_tokens,
+            output_scale=output_scale,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, u_BLD: Float[Array, "B L D"], documents: Documents, *, statistics: bool = False
+    ) -> tuple[Float[Array, "B L D"], dict[str, Array]]:
+        """The whole pass, and per-layer statistics when asked for."""
+        ssm_BLD = self.ssm(u_BLD, documents)
+        f_BLD = self._fading(ssm_BLD)
+        e_BL = selection = None
+        if self.eidetic_tokens:
+            e_BL = innovation(self._signal(u_BLD, f_BLD), documents.positions_BL)
+            selection = select(
+                e_BL,
+                documents.start_BL,
+                window=self.config.window,
+                chunk=self.config.chunk,
+                size=self.eidetic_tokens,
+            )
+        out_BLD, masses = self.attention(
+            u_BLD, documents, f_BLD=f_BLD, selection=selection, e_BL=e_BL, statistics=statistics
+        )
+        if statistics and selection is not None:
+            masses |= self._memory_statistics(e_BL, selection)
+        return self._residual(out_BLD, ssm_BLD), masses
+
+    def extend(
+        self, u_BLD: Float[Array, "B L D"], cache: BmojoCache, piece: Piece
+    ) -> tuple[Float[Array, "B L D"], BmojoCache]:
+        """Continues every row by a piece."""
+        ssm_BLD, ssm_cache = self.ssm.extend(u_BLD, cache.ssm, piece)
+        f_BLD = self._fading(ssm_BLD)
+        e_BL = states_BTD = None
+        if cache.states_BTD is not None:
+            s_BLD = self._signal(u_BLD, f_BLD)
+            e_BL = innovation(s_BLD, piece.positions_BL, cache.states_BTD)
+            states_BTD = shift(cache.states_BTD, s_BLD, piece.length_B)
+        out_BLD, attention_cache = self.attention.extend(
+            u_BLD, cache.attention, piece, f_BLD=f_BLD, e_BL=e_BL
+        )
+        return self._residual(out_BLD, ssm_BLD), BmojoCache(ssm_cache, attention_cache, states_BTD)
+
+    def _fading(self, ssm_BLD):
+        return self.fading_norm(ssm_BLD) if self.config.fading_norm else ssm_BLD
+
+    def _signal(self, u_BLD, f_BLD):
+        """What the innovation test watches."""
+        return f_BLD if self.config.innovation_of == "fading" else u_BLD
+
+    def _residual(self, out_BLD, ssm_BLD):
+        return out_BLD + ssm_BLD if self.config.ssm_residual else out_BLD
+
+    def _memory_statistics(self, e_BL: Array, selection: Selection) -> dict[str, Array]:
+        """Mean innovation of all tokens and of those remembered; their age at the chunk's start."""
+        index_BZM, valid_BZM = selection
+        first_Z = jnp.arange(index_BZM.shape[1]) * self.config.chunk
+        count = jnp.maximum(jnp.sum(valid_BZM), 1)
+        age_BZM = first_Z[None, :, None] - index_BZM
+        flat = index_BZM.reshape(index_BZM.shape[0], -1)
+        kept_BZM = jnp.take_along_axis(e_BL, flat, axis=1).reshape(index_BZM.shape)
+        statistics = {
+            "innovation": jnp.mean(e_BL),
+            "memory_innovation": jnp.sum(jnp.where(valid_BZM, kept_BZM, 0)) / count,
+            "memory_age": jnp.sum(jnp.where(valid_BZM, age_BZM, 0)) / count,
+            "memory_filled": jnp.mean(valid_BZM.astype(e_BL.dtype)),
+        }
+        return jax.lax.stop_gradient(statistics)

@@ -1,0 +1,182 @@
+"""Stateless bricks: RMS norm, SwiGLU MLP, causal convolution, rotary positions, linear maps.
+
+Each brick is a pure function of arrays, and a thin NNX module where it has parameters.
+Parameters are float32; matrix products run in the compute dtype with float32 accumulation;
+norms and rotary angles are float32. "float32" here means at least that: float64 inputs stay.
+
+Sources: RMSNorm arXiv 1910.07467; SwiGLU arXiv 2002.05202; rotary positions arXiv 2104.09864.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+
+def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype of accumulation: float32, or float64 for float64 inputs."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rms_norm(
+    x: Float[Array, "*shape D"], scale_D: Float[Array, " D"], eps: float
+) -> Float[Array, "*shape D"]:
+    """x / sqrt(mean x^2 + eps) * scale over the last axis, in x's dtype."""
+    wide = x.astype(at_least_float32(x.dtype))
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    scale = scale_D.reshape((1,) * (x.ndim - 1) + scale_D.shape)
+    return (wide * inverse * scale).astype(x.dtype)
+
+
+def causal_conv(
+    x_BLE: Float[Array, "B L E"],
+    kernel_TE: Float[Array, "T E"],
+    bias_E: Float[Array, " E"],
+    positions_BL: Int[Array, "B L"],
+    tail_BSE: Float[Array, "B S E"] | None = None,
+) -> Float[Array, "B L E"]:
+    """Depthwise causal convolution: y_t = bias + sum_k kernel_{T-1-k} x_{t-k}.
+
+    Taps that lie before the start of t's document, or before the row, count as zero.
+
+    Args:
+      positions_BL: of each token in its document.
+      tail_BSE: the S = T - 1 inputs before the row (decoding); None: there are none.
+    """
+    taps = kernel_TE.shape[0]
+    length = x_BLE.shape[1]
+    if tail_BSE is None:
+        padded = jnp.pad(x_BLE, ((0, 0), (taps - 1, 0), (0, 0)))
+    else:
+        padded = jnp.concatenate([tail_BSE.astype(x_BLE.dtype), x_BLE], axis=1)
+    wide = at_least_float32(x_BLE.dtype)
+    y_BLE = jnp.broadcast_to(bias_E[None, None, :], x_BLE.shape).astype(wide)
+    for back in range(taps):
+        first = taps - 1 - back
+        shifted = padded[:, first : first + length].astype(wide)
+        if back:
+            shifted = jnp.where((positions_BL >= back)[:, :, None], shifted, 0)
+        y_BLE = y_BLE + kernel_TE[first][None, None, :] * shifted
+    return y_BLE.astype(x_BLE.dtype)
+
+
+def rotary(
+    x: Float[Array, "*shape H K"], positions: Int[Array, "*shape"], theta: float
+) -> Float[Array, "*shape H K"]:
+    """Rotates the pairs (x_k, x_{k + K/2}) of each head by position * theta^(-2k/K).
+
+    Positions may be negative (slots of the eidetic memory). Angles are float32.
+    """
+    half = x.shape[-1] // 2
+    wide = at_least_float32(x.dtype)
+    frequency = jnp.exp(jnp.arange(half, dtype=wide) * (-math.log(theta) / half))
+    angle = positions.astype(wide)[..., None, None] * frequency.reshape(
+        (1,) * (positions.ndim + 1) + (half,)
+    )
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class Documents(NamedTuple):
+    """How a row is cut into documents. Positions restart at 0 with each of them."""
+
+    positions_BL: Int[Array, "B L"]
+    # Equal within a document and different from its neighbours'; None: a row is one document,
+    # which spares the kernels the masks.
+    segment_ids_BL: Int[Array, "B L"] | None
+
+    @property
+    def reset_BL(self) -> Bool[Array, "B L"] | None:
+        """Where recurrent state must be dropped; None: nowhere."""
+        return None if self.segment_ids_BL is None else self.positions_BL == 0
+
+    @property
+    def start_BL(self) -> Int[Array, "B L"]:
+        """Index in the row of the first token of each token's document."""
+        return jnp.arange(self.positions_BL.shape[1])[None, :] - self.positions_BL
+
+
+def one_document(batch: int, length: int) -> Documents:
+    """Rows that are one document each."""
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (batch, length))
+    return Documents(positions_BL=positions, segment_ids_BL=None)
+
+
+def packed_documents(positions_BL: Int[Array, "B L"]) -> Documents:
+    """Rows that hold several documents, each starting where the position is 0."""
+    segment_ids_BL = jnp.cumsum(positions_BL == 0, axis=1, dtype=jnp.int32)
+    return Documents(positions_BL=positions_BL, segment_ids_BL=segment_ids_BL)
+
+
+def lecun_normal(fan_in: int) -> nnx.Initializer:
+    """Normal draws of variance 1 / fan_in, whatever the shape of the array."""
+    return jax.nn.initializers.normal(stddev=fan_in**-0.5)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a weight of ones at the start."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+class Projection(nnx.Module):
+    """A linear map without bias over the last `len(inputs)` axes: [..., *inputs] -> [..., *outputs].
+
+    The kernel has shape [*inputs, *outputs]: heads keep an axis of their own, so that a mesh axis
+    can cut them.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        rngs: nnx.Rngs,
+        scale: float = 1.0,
+    ):
+        init = lecun_normal(math.prod(inputs))
+        self.kernel = nnx.Param(scale * init(rngs.params(), (*inputs, *outputs), jnp.float32))
+        self.contracted = len(inputs)
+
+    def __call__(self, x: Array) -> Array:
+        axes = tuple(range(-self.contracted, 0))
+        return jnp.tensordot(
+            x, self.kernel[...].astype(x.dtype), axes=(axes, tuple(range(self.contracted)))
+        )
+
+
+class CausalConv(nnx.Module):
+    """`causal_conv` with its kernel [T, E] and bias [E], uniform within ±T^-0.5 as in Mamba-1."""
+
+    def __init__(self, width: int, taps: int, *, rngs: nnx.Rngs):
+        bound = taps**-0.5
+        draw = jax.random.uniform
+        self.kernel = nnx.Param(draw(rngs.params(), (taps, width), minval=-bound, maxval=bound))
+        self.bias = nnx.Param(draw(rngs.params(), (width,), minval=-bound, maxval=bound))
+
+    def __call__(
+        self, x_BLE: Array, positions_BL: Array, tail_BSE: Array | None = None
+    ) -> Array:
+        return causal_conv(x_BLE, self.kernel[...], self.bias[...], positions_BL, tail_BSE)
+
+
+class SwiGLU(nnx.Module):
+    """down(SiLU(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    def __init__(self, width: int, hidden: int, *, output_scale: float, rngs: nnx.Rngs):
+        self.gate_proj = Projection((width,), (hidden,), rngs=rngs)
+        self.up_proj = Projection((width,), (hidden,), rngs=rngs)
+        self.down_proj = Projection((hidden,), (width,), scale=output_scale, rngs=rngs)
+
+    def __call__(self, x_BLD: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))

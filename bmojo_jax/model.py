@@ -1,0 +1,245 @@
+"""The language model: embedding, a pattern of residual blocks repeated over depth, norm, head.
+
+    x = embedding[tokens];  for each block: x += mixer(norm(x)), then x += mlp(norm(x)) if it has one
+    logits = norm(x) @ head        (head = embedding^T when tied)
+
+One repetition of the pattern is a *group*. The parameters of all groups are stacked and
+`jax.lax.scan` runs over them, so that compile time does not grow with depth; `remat` says what a
+group's backward pass recomputes: nothing, all but the matrix products, or everything.
+
+Two ways to use it: the NNX module `LanguageModel` (notebooks, surgery), and the functions below
+it over a nested dict of parameters (training). Parameters are float32.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from bmojo_jax.attention import Attention
+from bmojo_jax.bmojo import Bmojo
+from bmojo_jax.cache import Cache, Piece
+from bmojo_jax.config import BlockSpec, ModelConfig
+from bmojo_jax.layers import (
+    Documents,
+    Projection,
+    RMSNorm,
+    SwiGLU,
+    one_document,
+    packed_documents,
+)
+from bmojo_jax.sharding import constrain
+from bmojo_jax.ssm import Mamba
+
+Params = dict[str, Any]
+
+EMBEDDING_STDDEV = 0.02
+
+
+def _mixer(config: ModelConfig, spec: BlockSpec, scale: float, rngs: nnx.Rngs) -> nnx.Module:
+    match spec.mixer:
+        case "mamba":
+            return Mamba(config, output_scale=scale, rngs=rngs)
+        case "swa" | "attention":
+            return Attention(
+                config,
+                window=config.window if spec.mixer == "swa" else None,
+                fading_window=0,
+                eidetic_tokens=0,
+                output_scale=scale,
+                rngs=rngs,
+            )
+        case "bmojo_f":
+            return Bmojo(config, eidetic_tokens=0, output_scale=scale, rngs=rngs)
+        case _:
+            tokens = config.eidetic_tokens
+            return Bmojo(config, eidetic_tokens=tokens, output_scale=scale, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where the pattern says so."""
+
+    def __init__(self, config: ModelConfig, spec: BlockSpec, *, rngs: nnx.Rngs):
+        branches = config.num_groups * sum(1 + block.mlp for block in config.blocks)
+        scale = branches**-0.5  # keeps the residual stream's size independent of depth
+        self.spec = spec
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.mixer = _mixer(config, spec, scale, rngs)
+        if spec.mlp:
+            self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+            self.mlp = SwiGLU(config.width, config.mlp_width, output_scale=scale, rngs=rngs)
+
+    def __call__(
+        self, x_BLD: Array, documents: Documents, *, statistics: bool
+    ) -> tuple[Array, dict[str, Array]]:
+        u_BLD = self.norm(x_BLD)
+        measured = {}
+        if isinstance(self.mixer, Mamba):
+            out_BLD = self.mixer(u_BLD, documents)
+        else:
+            out_BLD, measured = self.mixer(u_BLD, documents, statistics=statistics)
+        return self._mlp(x_BLD + out_BLD), measured
+
+    def extend(self, x_BLD: Array, cache: Any, piece: Piece) -> tuple[Array, Any]:
+        out_BLD, cache = self.mixer.extend(self.norm(x_BLD), cache, piece)
+        return self._mlp(x_BLD + out_BLD), cache
+
+    def _mlp(self, x_BLD):
+        x_BLD = constrain(x_BLD, ("data", "fsdp"), None, None)
+        return x_BLD + self.mlp(self.mlp_norm(x_BLD)) if self.spec.mlp else x_BLD
+
+
+class Embedding(nnx.Module):
+    def __init__(self, vocab: int, width: int, *, rngs: nnx.Rngs):
+        draw = jax.random.normal(rngs.params(), (vocab, width), jnp.float32)
+        self.table = nnx.Param(draw * EMBEDDING_STDDEV)
+
+
+class LanguageModel(nnx.Module):
+    """A model of the family. `__call__` gives logits; `hidden_states` stops before the head.
+
+    Example:
+      >>> model = LanguageModel(presets.model("bmojo", "tiny"), rngs=nnx.Rngs(0))
+      >>> logits_BLV = model(tokens_BL)
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.width, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_groups)
+        @nnx.vmap
+        def group(rngs: nnx.Rngs) -> nnx.Dict:
+            blocks = (Block(config, spec, rngs=rngs) for spec in config.blocks)
+            return nnx.Dict({str(i): block for i, block in enumerate(blocks)})
+
+        self.groups = group(rngs)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = Projection((config.width,), (config.vocab_size,), rngs=rngs)
+
+    def __call__(
+        self, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B L V"]:
+        """Logits, float32. `positions_BL` restart at 0 with each document of a packed row."""
+        return self.logits(self.hidden_states(tokens_BL, positions_BL)[0])
+
+    def hidden_states(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"] | None = None,
+        *,
+        statistics: bool = False,
+    ) -> tuple[Float[Array, "B L D"], dict[str, dict[str, Array]]]:
+        """Hidden states after the last norm; per-layer statistics, arrays [num_groups], if asked."""
+        config = self.config
+        if positions_BL is None:
+            documents = one_document(*tokens_BL.shape)
+        else:
+            documents = packed_documents(positions_BL)
+        graph, stacked = nnx.split(self.groups)
+
+        def body(x_BLD, group):
+            blocks = nnx.merge(graph, group)
+            measured = {}
+            for i in range(len(config.blocks)):
+                x_BLD, measured[str(i)] = blocks[str(i)](x_BLD, documents, statistics=statistics)
+            return x_BLD, measured
+
+        x_BLD, measured = jax.lax.scan(_remat(body, config.remat), self._embed(tokens_BL), stacked)
+        return self.norm(x_BLD), measured
+
+    def extend(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        cache: Cache,
+        length_B: Int[Array, " B"] | None = None,
+        positions_BL: Int[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        """Continues every row by its first length_B tokens (None: all of them).
+
+        Returns hidden states after the last norm (beyond a row's length they mean nothing) and the
+        cache. `positions_BL` None: the row's document goes on.
+        """
+        batch, length = tokens_BL.shape
+        if length_B is None:
+            length_B = jnp.full((batch,), length, jnp.int32)
+        if positions_BL is None:
+            positions_BL = cache.position_B[:, None] + jnp.arange(length)[None, :]
+        piece = Piece(cache.time_B, positions_BL, length_B)
+        graph, stacked = nnx.split(self.groups)
+
+        def body(x_BLD, group_and_cache):
+            group, caches = group_and_cache
+            blocks = nnx.merge(graph, group)
+            after = []
+            for i, before in enumerate(caches):
+                x_BLD, cache = blocks[str(i)].extend(x_BLD, before, piece)
+                after.append(cache)
+            return x_BLD, tuple(after)
+
+        x_BLD, groups = jax.lax.scan(body, self._embed(tokens_BL), (stacked, cache.groups))
+        last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
+        position_B = jnp.take_along_axis(positions_BL, last_B1, axis=1)[:, 0] + 1
+        position_B = jnp.where(length_B > 0, position_B, cache.position_B)
+        return self.norm(x_BLD), Cache(piece.end_B, position_B, groups)
+
+    def logits(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        w_VD = self.output_weights().astype(x_BLD.dtype)
+        return jnp.einsum("BLD,VD->BLV", x_BLD, w_VD, preferred_element_type=jnp.float32)
+
+    def output_weights(self) -> Float[Array, "V D"]:
+        if self.config.tie_embeddings:
+            return self.embedding.table[...]
+        return self.head.kernel[...].T
+
+    def _embed(self, tokens_BL):
+        x_BLD = self.embedding.table[...].astype(self.config.compute_dtype)[tokens_BL]
+        return constrain(x_BLD, ("data", "fsdp"), None, None)
+
+
+def _remat(body, remat: str):
+    match remat:
+        case "full":
+            return jax.checkpoint(body, prevent_cse=False)
+        case "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(body, prevent_cse=False, policy=policy)
+        case _:
+            return body
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Draws the parameters: a nested dict, arrays below "groups" with a leading axis of groups."""
+    model = LanguageModel(config, rngs=nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+
+
+@functools.cache
+def _graph(config: ModelConfig) -> nnx.GraphDef:
+    abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(params=0)))
+    return nnx.split(abstract, nnx.Param, ...)[0]
+
+
+def bind(config: ModelConfig, params: Params) -> LanguageModel:
+    """The module with these parameters."""
+    return nnx.merge(_graph(config), nnx.State(params))
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: Params,
+    tokens_BL: Int[Array, "B L"],
+    *,
+    positions_BL: Int[Array, "B L"] | None = None,
+) -> Float[Array, "B L D"]:
+    """Hidden states after the last norm, in the compute dtype."""
+    return bind(config, params).hidden_states(tokens_BL, positions_BL)[0]
+
+
+def output_weights(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
+    """The head's weights, float32."""
+    return bind(config, params).output_weights()

@@ -1,0 +1,21 @@
+"""The two operations of a B'MOJO layer, each with interchangeable implementations.
+
+Knows jax, numpy and absl only: no Flax, no meshes, no configs.
+
+* `selective_scan`: the fading memory, a Mamba-1 scan with softplus, skip and gate fused.
+* `memory_attention`: one softmax over in-context, fading and eidetic keys.
+
+`Unsupported` is what a named implementation raises when it cannot take an input.
+"""
+
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.memory_attention.api import AttentionOutput, memory_attention
+from pallas_kernels.selective_scan.api import ScanOutput, selective_scan
+
+__all__ = [
+    "AttentionOutput",
+    "ScanOutput",
+    "Unsupported",
+    "memory_attention",
+    "selective_scan",
+]
