@@ -276,16 +276,26 @@ class Attention(nnx.Module):
         crossed_BL1 = (piece.time_BL >= border_B[:, None])[:, :, None]
         if length == 1:
             border_B = jnp.where(crosses_B, border_B, border_B - chunk)
-            return after, [self._memory_stream(after, border_B, piece, jnp.ones_like(crossed_BL1))]
+            every_BL1 = jnp.ones_like(crossed_BL1)
+            return after, [self._memory_stream(after, border_B, start_B, piece, every_BL1)]
+        first_B = piece.start_BL[:, 0]
         return after, [
-            self._memory_stream(before, border_B - chunk, piece, ~crossed_BL1),
-            self._memory_stream(after, border_B, piece, crossed_BL1),
+            self._memory_stream(before, border_B - chunk, first_B, piece, ~crossed_BL1),
+            self._memory_stream(after, border_B, start_B, piece, crossed_BL1),
         ]
 
     def _memory_stream(
-        self, eidetic: EideticCache, border_B: Array, piece: Piece, sees_BL1: Array
+        self,
+        eidetic: EideticCache,
+        border_B: Array,
+        start_B: Array,
+        piece: Piece,
+        sees_BL1: Array,
     ) -> KeyStream:
-        """The memory of the chunk that starts at border_B, for the queries that see it."""
+        """The memory of the chunk that starts at border_B, for the queries that see it.
+
+        Their document starts at start_B.
+        """
         config = self.config
         time_BM = eidetic.slots.time_BM
         valid_BM = time_BM >= 0
@@ -300,6 +310,9 @@ class Attention(nnx.Module):
             k_BMGK = self.rotate(k_BMGK, slots)
         elif config.eidetic_positions == "original":
             k_BMGK = self.rotate(k_BMGK, time_BM - piece.time_B[:, None])
+        else:  # unrotated in the whole pass, whose positions count from the document's start
+            origin_BM = jnp.broadcast_to((start_B - piece.time_B)[:, None], time_BM.shape)
+            k_BMGK = self.rotate(k_BMGK, origin_BM)
         same_document = time_BM[:, None, :] >= piece.start_BL[:, :, None]
         bias_BHM = None
         if config.eidetic_gate:

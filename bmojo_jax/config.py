@@ -12,7 +12,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import ml_collections
@@ -43,7 +43,7 @@ def _check_literals(prefix: str, config: Any) -> None:
             _require(value in choices, f"{prefix}{field.name}", value, f"one of {choices}")
 
 
-def _check_at_least(prefix: str, config: Any, minimum: float, names: tuple[str, ...]) -> None:
+def _check_at_least(prefix: str, config: Any, minimum: float | int, names: Sequence[str]) -> None:
     for name in names:
         value = getattr(config, name)
         _require(
@@ -99,6 +99,8 @@ class ModelConfig:
     fading_projections: Literal["tied", "untied"] = "tied"  # Wk', Wv' of spec section 2.2
     fading_norm: bool = True  # RMS norm of f before Wk' and Wv'
     ssm_residual: bool = True  # adds f to a B'MOJO layer's output
+    # Rotary position of eidetic keys: "slot", right behind the fading window; "original", the
+    # token's own; "none", not rotated, which is the position of the document's first token.
     eidetic_positions: Literal["slot", "original", "none"] = "slot"
     innovation_of: Literal["fading", "input"] = "fading"  # the signal s of the innovation test
     eidetic_gate: bool = False  # a learned weight of log-innovation in the logit, per head
@@ -279,6 +281,8 @@ class TrainConfig:
     keep_best: int = 1
     sample_prompt: str = ""  # after training, a continuation of this is printed
     sample_tokens: int = 0  # how many tokens; 0: no sample
+    # What the last line sets the validation loss beside; needs the whole split, eval_batches=0.
+    compare_with: Literal["nothing", "zlib_and_bigram"] = "nothing"
 
     def __post_init__(self) -> None:
         _check_literals("", self)
@@ -296,6 +300,12 @@ class TrainConfig:
             "data.batch_size",
             self.data.batch_size,
             f"a multiple of optim.accumulate={self.optim.accumulate}",
+        )
+        _require(
+            self.compare_with == "nothing" or self.eval_batches == 0,
+            "eval_batches",
+            self.eval_batches,
+            f"0, the whole split, with compare_with={self.compare_with!r}",
         )
         _require(
             self.optim.warmup_steps <= self.steps,

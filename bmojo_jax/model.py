@@ -112,7 +112,7 @@ class LanguageModel(nnx.Module):
 
         @nnx.split_rngs(splits=config.num_groups)
         @nnx.vmap
-        def group(rngs: nnx.Rngs) -> nnx.Dict:
+        def group(rngs: nnx.Rngs):
             blocks = (Block(config, spec, rngs=rngs) for spec in config.blocks)
             return nnx.Dict({str(i): block for i, block in enumerate(blocks)})
 
@@ -227,6 +227,12 @@ def _graph(config: ModelConfig) -> nnx.GraphDef:
 def bind(config: ModelConfig, params: Params) -> LanguageModel:
     """The module with these parameters."""
     return nnx.merge(_graph(config), nnx.State(params))
+
+
+def bind_block(config: ModelConfig, index: int, params: Params) -> Block:
+    """Block `index` of the pattern with the parameters of one layer (no axis of groups)."""
+    abstract = nnx.eval_shape(lambda: Block(config, config.blocks[index], rngs=nnx.Rngs(params=0)))
+    return nnx.merge(nnx.split(abstract, nnx.Param, ...)[0], nnx.State(params))
 
 
 def hidden_states(

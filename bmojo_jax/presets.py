@@ -42,12 +42,12 @@ class Ladder:
     window: int = 512  # W
     eidetic_tokens: int = 64  # M
     chunk: int = 256  # C
-    mlp_multiple: int = 128  # MLP widths are multiples of this
+    mlp_multiple: int = 64  # MLP widths are multiples of this
 
 
 SIZES: dict[Size, Ladder] = {
-    "tiny": Ladder(128, 7, 4, window=64, eidetic_tokens=16, chunk=64, mlp_multiple=32),
-    "30m": Ladder(512, 14, 7),
+    "tiny": Ladder(128, 14, 7, window=64, eidetic_tokens=16, chunk=64, mlp_multiple=32),
+    "30m": Ladder(512, 18, 9),
     "130m": Ladder(768, 24, 12),
     "370m": Ladder(1024, 48, 24),
     "790m": Ladder(1536, 48, 24),

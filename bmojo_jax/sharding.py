@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -168,6 +169,15 @@ def state_shardings(mesh: Mesh, params_or_shapes: Any, state: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The placement of every array of a batch: rows cut over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH))
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """Global arrays of the rows that each process has read."""
+    placement = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(placement, rows)
+        for name, rows in batch.items()
+    }
 
 
 def _ambient_mesh() -> Any:

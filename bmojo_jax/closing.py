@@ -1,0 +1,49 @@
+"""What a run prints when it has ended: a sample, and its loss beside what needs no model."""
+
+import json
+import pathlib
+
+from bmojo_jax import generate
+from bmojo_jax.config import TrainConfig
+from bmojo_jax.data import baselines, sources, tokenizers
+from bmojo_jax.trainer import Outcome
+
+_SAMPLING = generate.Sampling(temperature=0.8, top_p=0.95)
+
+
+def report(config: TrainConfig, outcome: Outcome, workdir: pathlib.Path) -> None:
+    """Prints the sample and the closing line, and writes both below `workdir`."""
+    if outcome.interrupted:
+        print(f"stopped after step {outcome.step}; the same command continues from there")
+        return
+    if config.sample_tokens:
+        tokenizer = tokenizers.make_tokenizer(config.data.tokenizer)
+        prompt = [tokenizer.boundary_id, *tokenizer.encode(config.sample_prompt).tolist()]
+        (ids,) = generate.generate(
+            config.model,
+            outcome.params,
+            [prompt],
+            max_tokens=config.sample_tokens,
+            sampling=_SAMPLING,
+            stop_ids=[tokenizer.boundary_id],
+        )
+        sample = config.sample_prompt + tokenizer.decode(ids)
+        (workdir / "sample.txt").write_text(sample)
+        print(f"\n--- a sample, {len(ids)} tokens ---\n{sample}\n---\n")
+    if outcome.validation is None:
+        return
+    result = {"step": outcome.step, **outcome.validation.metrics()}
+    line = f"validation: {outcome.validation.bits_per_byte:.3f} bits per byte"
+    if config.compare_with == "zlib_and_bigram":
+        documents = sources.read_split(config.data, "validation")
+        result["zlib_bits_per_byte"] = baselines.zlib_bits_per_byte(documents)
+        result["bigram_bits_per_byte"] = baselines.bigram_bits_per_byte(
+            sources.read_split(config.data, "train"), documents
+        )
+        line += (
+            f" (zlib -9: {result['zlib_bits_per_byte']:.3f}, "
+            f"byte bigram: {result['bigram_bits_per_byte']:.3f}), on the same "
+            f"{outcome.validation.num_bytes:,.0f} held-out bytes"
+        )
+    (workdir / "validation.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(line)

@@ -1,0 +1,191 @@
+"""Generation: prefill in pieces, then one token at a time with constant memory.
+
+    python -m bmojo_jax.generate --workdir DIR --prompt "def main("
+
+Rows of a batch may have prompts of different lengths and stop at different times; a row that has
+stopped is no longer advanced. Sampling follows the usual order: temperature, then top-k, then top-p
+(the smallest set of tokens whose probability reaches p, arXiv 1904.09751); temperature 0 is greedy.
+"""
+
+import codecs
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jaxtyping import Array, Float, Int
+
+from bmojo_jax import model
+from bmojo_jax.cache import Cache, empty_cache, longest_piece
+from bmojo_jax.config import ModelConfig
+from bmojo_jax.model import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 1.0  # 0: the most likely token
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: must be >= 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must be >= 0 (0: no limit)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be in (0, 1]")
+
+
+def sample(logits_BV: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, " B"]:
+    """Draws one token for each row."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    vocab = logits_BV.shape[1]
+    if 0 < sampling.top_k < vocab:
+        lowest_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < lowest_B1, -jnp.inf, logits_BV)
+    if sampling.top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        above_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        lowest_B1 = jnp.min(
+            jnp.where(above_BV < sampling.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
+        )
+        logits_BV = jnp.where(logits_BV < lowest_B1, -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _extend(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    logits_BV: Array,
+    tokens_BL: Array,
+    length_B: Array,
+) -> tuple[Array, Cache]:
+    """Feeds a piece; the logits after each row's last token (the old ones where it has none)."""
+    language_model = model.bind(config, params)
+    x_BLD, cache = language_model.extend(tokens_BL, cache, length_B)
+    last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
+    x_B1D = jnp.take_along_axis(x_BLD, last_B11, axis=1)
+    after_BV = language_model.logits(x_B1D)[:, 0]
+    return jnp.where((length_B > 0)[:, None], after_BV, logits_BV), cache
+
+
+_sample = jax.jit(sample, static_argnames="sampling")
+
+
+def prefill(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    *,
+    piece: int | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Feeds prompts of any lengths, in pieces.
+
+    Args:
+      cache: continued where it stands; it is donated.
+      piece: tokens of a piece, at most `longest_piece(config)`, which is the default. The result
+        does not depend on it.
+
+    Returns:
+      The logits that follow each prompt, float32, and the cache.
+    """
+    longest = longest_piece(config)
+    piece = longest if piece is None else piece
+    if not 1 <= piece <= longest:
+        raise ValueError(f"{piece=}: must be in [1, {longest}] (model.chunk={config.chunk})")
+    if not prompts or min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("every prompt needs at least one token")
+    piece = min(piece, max(len(prompt) for prompt in prompts))
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    rounds = -(-int(lengths.max()) // piece)
+    tokens = np.zeros((len(prompts), rounds * piece), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise ValueError(
+            f"token ids in [{tokens.min()}, {tokens.max()}]: must be in [0, {config.vocab_size})"
+        )
+    logits_BV = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
+    for first in range(0, tokens.shape[1], piece):
+        length_B = np.clip(lengths - first, 0, piece)
+        tokens_BL = tokens[:, first : first + piece]
+        logits_BV, cache = _extend(config, params, cache, logits_BV, tokens_BL, length_B)
+    return logits_BV, cache
+
+
+def stream(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """Yields the next token of every row, None for rows that have stopped.
+
+    A row stops after a token of `stop_ids` (which is yielded) or `max_tokens` tokens.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"{max_tokens=}: must be >= 1")
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    cache = empty_cache(config, max(len(prompts), 1), max_length=longest + max_tokens)
+    logits_BV, cache = prefill(config, params, cache, prompts)
+    running_B = np.ones(len(prompts), bool)
+    keys = jax.random.split(jax.random.key(seed), max_tokens)
+    for step in range(max_tokens):
+        token_B = _sample(logits_BV, keys[step], sampling=sampling)
+        chosen = np.asarray(token_B)
+        yield [
+            int(token) if running else None
+            for token, running in zip(chosen, running_B, strict=True)
+        ]
+        running_B &= ~np.isin(chosen, list(stop_ids))
+        if not running_B.any():
+            return
+        if step + 1 < max_tokens:
+            length_B = running_B.astype(np.int32)
+            logits_BV, cache = _extend(
+                config, params, cache, logits_BV, token_B[:, None], length_B
+            )
+
+
+def generate(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """The continuation of every prompt, without the prompt; arguments as of `stream`."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(
+        config,
+        params,
+        prompts,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        seed=seed,
+    ):
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows

@@ -1,0 +1,320 @@
+"""Training: the state, one pure step, and the loop.
+
+    loss = sum of weighted nll over the batch / sum of weights       (+ z-loss)
+
+A batch is cut into `optim.accumulate` micro-batches whose gradients are summed before they are
+divided by the weight of the whole batch, so accumulation changes memory and not the result. An
+update with a non-finite loss or gradient norm leaves parameters and optimizer untouched; the loop
+then stops with a report, or counts it and goes on.
+
+Everything runs on a mesh (one device is a mesh of one): the state is born sharded, its buffers are
+donated, and batches are made of each process's own rows.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, UInt
+
+from bmojo_jax import evaluate, losses, metrics, model, optim, sharding
+from bmojo_jax.checkpoint import Checkpoints
+from bmojo_jax.config import TrainConfig, from_dict, to_dict
+from bmojo_jax.data import pipeline, tokenizers
+from bmojo_jax.metrics import Reporter
+
+Batch = dict[str, Any]
+Metrics = dict[str, Array]
+
+# What may differ between a run and its continuation: nothing that changes the parameters' shapes
+# or which batch comes next.
+_FREE_MODEL_FIELDS = {"compute_dtype", "remat", "scan_implementation", "attention_implementation"}
+_FREE_DATA_FIELDS = {"workers"}
+
+
+class TrainState(NamedTuple):
+    """All that a step reads and writes beside the batch."""
+
+    step: Int[Array, ""]  # updates made
+    params: model.Params
+    opt_state: optax.OptState
+    key: UInt[Array, " 2"]  # for randomness in a step (nothing draws from it so far)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite; names the step and the last good checkpoint."""
+
+
+def init_state(config: TrainConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    params_key, key = jax.random.split(jax.random.key(config.seed))
+    params = model.init_params(config.model, params_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=jax.random.key_data(key),
+    )
+
+
+def loss_sums(
+    config: TrainConfig, params: model.Params, batch: Batch
+) -> tuple[Float[Array, ""], losses.Loss]:
+    """Sum of nll and z-loss over a batch, and its parts."""
+    x_BLD = model.hidden_states(
+        config.model, params, batch["inputs"], positions_BL=batch["positions"]
+    )
+    loss = losses.cross_entropy(
+        x_BLD,
+        model.output_weights(config.model, params),
+        batch["targets"],
+        batch["weights"],
+        vocab_chunk=config.vocab_chunk,
+        z_loss=config.z_loss,
+    )
+    return loss.nll + loss.z_loss, loss
+
+
+def train_step(
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One update. `batch` holds arrays [B, L]; see `bmojo_jax.data`."""
+    pieces = config.optim.accumulate
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]), batch)
+    gradient = jax.grad(lambda params, part: loss_sums(config, params, part), has_aux=True)
+
+    def accumulate(total, index):
+        part = jax.tree.map(lambda x: x[:, index], micro_batches)
+        return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+
+    if pieces == 1:
+        grads, loss = gradient(state.params, batch)
+    else:
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[:, 0], micro_batches))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, loss), _ = jax.lax.scan(accumulate, zeros, jnp.arange(pieces))
+    weight = jnp.maximum(loss.weight, 1)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norms = metrics.norms(grad=grads, param=state.params, update=updates)
+    finite = jnp.isfinite(loss.nll) & jnp.isfinite(norms["grad_norm"])
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    new_state = TrainState(
+        step=state.step + 1,
+        params=jax.tree.map(keep, params, state.params),
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        key=state.key,
+    )
+    token_bytes_V = jnp.asarray(tokenizers.make_tokenizer(config.data.tokenizer).token_bytes_V())
+    num_bytes = jnp.sum(token_bytes_V[batch["targets"]] * batch["weights"])
+    schedule = optim.make_schedule(config.optim, config.steps)
+    measured = {
+        "step": state.step + 1,
+        "loss": loss.nll / weight,
+        "bits_per_byte": loss.nll / (math.log(2) * jnp.maximum(num_bytes, 1)),
+        "accuracy": loss.correct / weight,
+        "z_loss": loss.z_loss / weight,
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "tokens": loss.weight,
+        "non_finite": 1 - finite.astype(jnp.float32),
+    }
+    return new_state, measured | norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled parts of a run on a mesh."""
+
+    mesh: Mesh
+    state_shardings: TrainState
+    init: Any  # () -> TrainState
+    step: Any  # (state, batch) -> (state, metrics); donates the state
+    abstract_state: TrainState  # shapes with shardings, for restoring
+
+
+def make_program(config: TrainConfig, mesh: Mesh) -> Program:
+    """Builds what runs on the devices; nothing is compiled before it is called."""
+    shapes = jax.eval_shape(lambda: model.init_params(config.model, jax.random.key(0)))
+    optimizer = optim.make_optimizer(config.optim, config.steps, shapes)
+    state_shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+    shardings = sharding.state_shardings(mesh, state_shapes.params, state_shapes)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return Program(
+        mesh=mesh,
+        state_shardings=shardings,
+        init=jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings),
+        step=jax.jit(
+            lambda state, batch: train_step(config, optimizer, state, batch),
+            in_shardings=(shardings, sharding.batch_sharding(mesh)),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+        abstract_state=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state_shapes,
+            shardings,
+        ),
+    )
+
+
+def check_continuation(before: dict[str, Any], now: TrainConfig) -> None:
+    """Raises ValueError if `now` cannot continue a run that was started with `before`."""
+    old = from_dict(TrainConfig, before)
+    for section, free in (("model", _FREE_MODEL_FIELDS), ("data", _FREE_DATA_FIELDS)):
+        was, is_ = to_dict(getattr(old, section)), to_dict(getattr(now, section))
+        for field, value in is_.items():
+            if field not in free and was[field] != value:
+                raise ValueError(
+                    f"{section}.{field}={value!r}: must be {was[field]!r}, with which the run in "
+                    "this work directory was started (or choose another work directory)"
+                )
+
+
+def write_config(config: TrainConfig, workdir: pathlib.Path) -> None:
+    """Leaves the resolved settings in `config.json`."""
+    part = workdir / "config.json.part"
+    part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    os.replace(part, workdir / "config.json")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[dict[str, int]]:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT does interrupt."""
+    received: dict[str, int] = {}
+
+    def note(number: int, frame: Any) -> None:
+        if "signal" in received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received["signal"] = number
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    params: model.Params
+    validation: evaluate.Validation | None  # of the last evaluation
+    interrupted: bool  # by SIGTERM or SIGINT, after a checkpoint
+
+
+def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
+    """Trains to `config.steps`, from the latest checkpoint in `workdir` if there is one.
+
+    Raises:
+      ValueError: the settings do not fit the devices, the data, or the run in `workdir`.
+      NonFiniteError: `non_finite` is "stop" and a loss or gradient was not finite.
+    """
+    workdir = pathlib.Path(workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_divisible(config, mesh)
+    check_vocabulary(config)
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = pipeline.train_iterator(config.data, config.model.chunk, **processes)
+    program = make_program(config, mesh)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(batches.close)
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
+            )
+        )
+        if checkpoints.latest_step() is not None:
+            check_continuation(checkpoints.config(), config)
+        stack.enter_context(jax.set_mesh(mesh))
+        if checkpoints.latest_step() is None:
+            state, start = program.init(), 0
+        else:
+            state, data_state = checkpoints.restore(program.abstract_state)
+            batches.set_state(data_state)
+            start = int(state.step)
+            logging.info("continues after step %d of %s", start, workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_config(config, workdir)
+        reporter = Reporter(
+            workdir,
+            steps=config.steps,
+            start_step=start,
+            log_every=config.log_every,
+            tokens_per_step=config.data.batch_size * config.data.sequence_length,
+            flops_per_token=metrics.flops_per_token(config.model, config.data.sequence_length),
+        )
+        stack.callback(reporter.close)
+        signals = stack.enter_context(stop_signals())
+        validate = evaluate.make_validator(config, mesh)
+
+        def check(measured: dict[str, float] | None) -> None:
+            if measured and measured["non_finite"]:
+                report = f"step {int(measured['step'])}: loss {measured['loss']}, gradient norm "
+                report += f"{measured['grad_norm']}, learning rate {measured['learning_rate']:g}"
+                if config.non_finite == "stop":
+                    raise NonFiniteError(
+                        f"{report}. The last good checkpoint is step {checkpoints.latest_step()} "
+                        f"in {checkpoints.directory}. Try a lower optim.learning_rate or "
+                        "optim.clip_norm, or non_finite='skip'."
+                    )
+                logging.warning("update skipped at %s", report)
+
+        validation = None
+        for step in range(start + 1, config.steps + 1):
+            state, measured = program.step(state, sharding.place_batch(next(batches), mesh))
+            check(reporter.train(step, measured))
+            last = step == config.steps or "signal" in signals
+            evaluates = step % config.eval_every == 0 or step == config.steps
+            saves = step % config.checkpoint_every == 0 or last
+            if not (evaluates or saves):
+                continue
+            check(reporter.flush())
+            with reporter.paused():
+                validation_loss = None
+                if evaluates:
+                    validation = validate(state.params)
+                    validation_loss = validation.loss
+                    reporter.validation(step, validation.metrics())
+                if saves:
+                    checkpoints.save(
+                        step,
+                        state._asdict(),
+                        batches.get_state(),
+                        to_dict(config),
+                        validation_loss=validation_loss,
+                    )
+            if "signal" in signals:
+                break
+        step = int(state.step)
+        if validation is None and step == config.steps:
+            validation = validate(state.params)
+    return Outcome(step, state.params, validation, interrupted=step < config.steps)
+
+
+def check_vocabulary(config: TrainConfig) -> None:
+    """Raises ValueError if the model cannot tell all tokens apart."""
+    needed = tokenizers.make_tokenizer(config.data.tokenizer).vocab_size
+    if config.model.vocab_size < needed:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}: must be at least {needed} for "
+            f"data.tokenizer={config.data.tokenizer!r}"
+        )

@@ -1,0 +1,1 @@
+"""One softmax over in-context, fading and eidetic keys; see `api.memory_attention`."""

@@ -1,0 +1,1 @@
+"""The fading memory: a selective state-space scan. See `api.py`."""

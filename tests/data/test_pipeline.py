@@ -1,0 +1,210 @@
+"""Batches: deterministic, shuffled, shared out by process, resumable bit by bit."""
+
+import json
+
+import numpy as np
+import pytest
+from absl import flags
+
+from bmojo_jax.config import DataConfig
+from bmojo_jax.data import pipeline, sources
+
+CHUNK = 4
+
+
+@pytest.fixture
+def parsed_flags():
+    """What absl.app.run does for the entry points."""
+    flags.FLAGS.mark_as_parsed()
+    yield
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+    """23 files of random bytes, each beginning with its own number; one empty, one long."""
+    for n in range(23):
+        size = 300 if n == 7 else rng.integers(1, 30)
+        content = bytes([n]) + rng.integers(64, 256, size, np.uint8).tobytes()
+        (tmp_path / f"{n}.txt").write_bytes(content)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    return tmp_path
+
+
+def config(folder, **settings):
+    settings = {"sequence_length": 16, "batch_size": 4, "validation_fraction": 0.3} | settings
+    return DataConfig(path=str(folder), **settings)
+
+
+def train(data, index=0, count=1):
+    return pipeline.train_iterator(data, CHUNK, process_index=index, process_count=count)
+
+
+def validation(data, index=0, count=1, limit=0):
+    return list(
+        pipeline.validation_batches(
+            data, CHUNK, process_index=index, process_count=count, limit=limit
+        )
+    )
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, wanted in zip(batches, expected, strict=True):
+        assert batch.keys() == wanted.keys()
+        for name in wanted:
+            np.testing.assert_array_equal(batch[name], wanted[name])
+
+
+def documents_of(batches):
+    """Documents in the order of the rows; the last is dropped where it is not complete."""
+    targets = np.concatenate([b["targets"][b["weights"] > 0] for b in batches])
+    parts = np.split(targets, np.flatnonzero(targets == 256) + 1)
+    return [bytes(part[:-1].tolist()) for part in parts[:-1]]
+
+
+@pytest.mark.parametrize("document_start", ["anywhere", "chunk"])
+def test_an_epoch_is_all_documents_and_the_next_another_order(folder, document_start):
+    data = config(folder, document_start=document_start)
+    iterator = train(data)
+    documents = documents_of(take(iterator, 60))
+    iterator.close()
+    wanted = sources.read_split(data, "train")
+    size = len(wanted)
+    assert len(documents) >= 3 * size
+    epochs = [documents[start : start + size] for start in range(0, 3 * size, size)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(wanted)
+        assert epoch != wanted
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_batches_follow_the_contract(folder):
+    data = config(folder, document_start="chunk")
+    iterator = train(data)
+    for batch in take(iterator, 5):
+        assert batch.keys() == {"inputs", "targets", "weights", "segment_ids", "positions"}
+        for name, values_BL in batch.items():
+            assert type(values_BL) is np.ndarray
+            assert values_BL.shape == (4, 16)
+            assert values_BL.dtype == (np.float32 if name == "weights" else np.int32)
+        starts_BL = (batch["positions"] == 0) & (batch["segment_ids"] > 0)
+        assert starts_BL.any() and not (np.nonzero(starts_BL)[1] % CHUNK).any()
+    iterator.close()
+
+
+def test_same_seed_same_batches_other_seed_others(folder):
+    iterators = [train(config(folder, seed=seed)) for seed in (3, 3, 4)]
+    first, again, other = (take(iterator, 10) for iterator in iterators)
+    for iterator in iterators:
+        iterator.close()
+    assert_same(again, first)
+    assert any((a["inputs"] != b["inputs"]).any() for a, b in zip(first, other, strict=True))
+
+
+def test_processes_share_out_each_epoch(folder):
+    data = config(folder)
+    wanted = sources.read_split(data, "train")
+    seen = []
+    for index in range(2):
+        iterator = train(data, index, 2)
+        batches = take(iterator, 60)
+        iterator.close()
+        assert batches[0]["inputs"].shape == (2, 16)
+        own = len(wanted[index::2])
+        documents = documents_of(batches)
+        seen.append([documents[start : start + own] for start in range(0, 2 * own, own)])
+    for epoch in zip(*seen, strict=True):
+        assert sorted(epoch[0] + epoch[1]) == sorted(wanted)
+    assert set(seen[0][0]) != set(seen[0][1])  # shared out anew in each epoch
+
+
+def check_resume(data, points, count=1):
+    iterator = train(data, count - 1, count)
+    states, batches = [iterator.get_state()], []
+    for _ in range(max(points) + 6):
+        batches.append(next(iterator))
+        states.append(iterator.get_state())
+    # In place, with batches read ahead that must not be kept.
+    iterator.set_state(json.loads(json.dumps(states[2])))
+    assert_same(take(iterator, 3), batches[2:5])
+    iterator.close()
+    for point in points:
+        resumed = train(data, count - 1, count)
+        resumed.set_state(json.loads(json.dumps(states[point])))
+        assert json.loads(json.dumps(resumed.get_state())) == json.loads(json.dumps(states[point]))
+        assert_same(take(resumed, 6), batches[point : point + 6])
+        resumed.close()
+
+
+@pytest.mark.parametrize("document_start", ["anywhere", "chunk"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_resume_is_exact(folder, document_start, count):
+    check_resume(config(folder, document_start=document_start), (0, 1, 2, 7, 25), count)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("parsed_flags")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_resume_is_exact_with_reader_processes(folder, workers):
+    check_resume(config(folder, workers=workers), (0, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("parsed_flags")
+def test_reader_processes_share_out_each_epoch(folder):
+    data = config(folder, workers=2)
+    iterator = train(data)
+    batches = take(iterator, 80)
+    iterator.close()
+    wanted = sources.read_split(data, "train")
+    size = len(wanted) - len(wanted) % 2
+    # Batches come from the readers in turn, and each reader has every second document.
+    own = [documents_of(batches[reader::2]) for reader in range(2)]
+    mixed = [document for pair in zip(*own, strict=False) for document in pair]
+    assert len(set(mixed[:size])) == size
+    assert set(mixed) == set(wanted)
+
+
+def test_validation_is_every_byte_in_order_and_then_padding(folder):
+    data = config(folder)
+    batches = validation(data)
+    assert documents_of(batches) == sources.read_split(data, "validation")
+    assert_same(validation(data), batches)
+    assert_same(validation(data, limit=2), batches[:2])
+    assert all(batch["inputs"].shape == (4, 16) for batch in batches)
+    used = np.concatenate([batch["weights"].any(axis=1) for batch in batches])
+    assert not used.all() and used[: used.sum()].all()
+    last = {name: values_BL[~used[-4:]] for name, values_BL in batches[-1].items()}
+    assert all(not values_BL.any() for values_BL in last.values())
+    for batch in batches:
+        np.testing.assert_array_equal(batch["weights"], batch["segment_ids"] > 0)
+
+
+def test_validation_is_the_same_for_any_number_of_processes(folder):
+    data = config(folder)
+    parts = [validation(data, index, 4) for index in range(4)]
+    together = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(together, validation(data))
+
+
+def test_errors_name_the_setting(folder):
+    with pytest.raises(ValueError, match=r"data\.batch_size=4: must be a multiple of process_co"):
+        train(config(folder), 0, 3)
+    with pytest.raises(ValueError, match=r"data\.batch_size=4: must be a multiple of process_co"):
+        validation(config(folder), 0, 3)
+    with pytest.raises(ValueError, match=r"process_index=2: must be in \[0, process_count=2\)"):
+        train(config(folder), 2, 2)
+    with pytest.raises(ValueError, match=r"at least process_count=32 training files, it holds"):
+        train(config(folder, batch_size=32), 0, 32)
+    with pytest.raises(ValueError, match=r"data\.workers=2: must be 0 unless absl's flags are"):
+        train(config(folder, workers=2))
+    with pytest.raises(ValueError, match=r"data\.path=''"):
+        validation(DataConfig())

@@ -1,0 +1,312 @@
+"""Properties of the whole model, in float64: causality, decoding, documents, special cases."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.models import FAMILIES, float64_params, packed_positions, small_config
+
+from bmojo_jax import cache, layers, model
+
+LENGTH = 40
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def tokens(rng, batch=2, length=LENGTH):
+    return jnp.asarray(rng.integers(0, 31, size=(batch, length)))
+
+
+def decode(config, params, tokens_BL, positions_BL, sizes, max_length=LENGTH):
+    """Hidden states from pieces of the given sizes."""
+    extend = jax.jit(lambda t, c, p: model.bind(config, params).extend(t, c, None, p))
+    state = cache.empty_cache(config, tokens_BL.shape[0], max_length=max_length)
+    parts, first = [], 0
+    for size in sizes:
+        piece = slice(first, first + size)
+        x_BLD, state = extend(tokens_BL[:, piece], state, positions_BL[:, piece])
+        parts.append(x_BLD)
+        first += size
+    return jnp.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [(1,) * 40, (3, 1, 2, 4) * 4], ids=["tokens", "pieces"])
+def test_whole_pass_equals_decoding(rng, family, sizes):
+    """Two rows with documents that start and end anywhere, L far beyond W + F + C."""
+    config = small_config(**FAMILIES[family])
+    params = float64_params(config)
+    tokens_BL = tokens(rng)
+    positions_BL = jnp.asarray(packed_positions(LENGTH, (13, 15), (22, 30)))
+    want = model.hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
+    got = decode(config, params, tokens_BL, positions_BL, sizes)
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causality_by_gradient(rng, family):
+    """Of logits at t, the gradient is zero after t and not before, at every border."""
+    config = small_config(**FAMILIES[family])
+    params = float64_params(config)
+    language_model = model.bind(config, params)
+    tokens_BL = tokens(rng, batch=1)
+
+    def at(x_BLD, t):
+        documents = layers.one_document(1, LENGTH)
+        for i in range(len(config.blocks)):
+            group = jax.tree.map(lambda p: p[0], params["groups"])
+            block = model.bind_block(config, i, group[str(i)])
+            x_BLD = block(x_BLD, documents, statistics=False)[0]
+        return jnp.sum(jnp.sin(x_BLD[0, t]))
+
+    x_BLD = language_model.embedding.table[...][tokens_BL]
+    for t in (0, 6, 12, 27, 39):
+        reach = np.abs(jax.grad(at)(x_BLD, t)[0]).max(axis=-1)
+        assert (reach[t + 1 :] == 0).all()
+        assert reach[t] > 0
+        if t and config.pattern != "swa+mlp":
+            assert reach[t - 1] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_are_isolated(rng, family):
+    """A packed document gives what it gives alone, at an equal offset modulo the chunk."""
+    config = small_config(**FAMILIES[family])
+    params = float64_params(config)
+    tokens_BL = tokens(rng, batch=1)
+    start = 2 * config.chunk
+    positions_BL = jnp.asarray(packed_positions(LENGTH, (start,)))
+    packed = model.hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
+    alone = model.hidden_states(config, params, tokens_BL[:, start:])
+    np.testing.assert_allclose(packed[:, start:], alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["bmojo", "hybrid"])
+def test_results_depend_on_an_offset_modulo_the_chunk_only(rng, family):
+    config = small_config(**FAMILIES[family])
+    params = float64_params(config)
+    tail_BL = tokens(rng, batch=1, length=24)
+
+    def after(offset):
+        tokens_BL = jnp.concatenate([tokens(rng, batch=1, length=offset), tail_BL], axis=1)
+        positions_BL = jnp.asarray(packed_positions(offset + 24, (offset,)))
+        whole = model.hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
+        return whole[:, offset:]
+
+    np.testing.assert_allclose(after(3), after(3 + 2 * config.chunk), atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_at_the_end_changes_nothing(rng, family):
+    config = small_config(**FAMILIES[family])
+    params = float64_params(config)
+    tokens_BL = tokens(rng)
+    whole = model.hidden_states(config, params, tokens_BL)
+    short = model.hidden_states(config, params, tokens_BL[:, :17])
+    np.testing.assert_allclose(whole[:, :17], short, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_different_lengths_decode_as_if_alone(rng, family):
+    config = small_config(**FAMILIES[family])
+    params = float64_params(config)
+    tokens_BL = tokens(rng, batch=3, length=24)
+    pieces = [(4, 4, 4), (3, 0, 4), (2, 4, 1), (0, 1, 4), (4, 4, 4)]
+    state = cache.empty_cache(config, 3, max_length=LENGTH)
+    extend = jax.jit(lambda t, c, n: model.bind(config, params).extend(t, c, n))
+    used = np.zeros(3, int)
+    rows = [[], [], []]
+    for lengths in pieces:
+        index = used[:, None] + np.arange(4)[None]
+        piece_BL = jnp.take_along_axis(tokens_BL, jnp.asarray(index), axis=1)
+        x_BLD, state = extend(piece_BL, state, jnp.asarray(lengths))
+        for row, length in enumerate(lengths):
+            rows[row].append(x_BLD[row, :length])
+        used += np.array(lengths)
+    np.testing.assert_array_equal(state.time_B, used)
+    want = model.hidden_states(config, params, tokens_BL)
+    for row in range(3):
+        got = jnp.concatenate(rows[row])
+        np.testing.assert_allclose(got, want[row, : used[row]], atol=1e-12)
+
+
+def bmojo_mixer(config, params):
+    block = jax.tree.map(lambda p: p[0], params["groups"])["0"]
+    return model.bind_block(config, 0, block).mixer
+
+
+def sliding_window(config, params, window):
+    """The attention of a B'MOJO layer's parameters as a plain sliding-window mixer."""
+    plain = dataclasses.replace(config, pattern="swa", window=window)
+    block = jax.tree.map(lambda p: p[0], params["groups"])["0"]
+    own = {"norm": block["norm"], "mixer": block["mixer"]["attention"]}
+    return model.bind_block(plain, 0, own).mixer
+
+
+def test_fading_stream_of_the_input_is_a_wider_window(rng):
+    """Spec section 5: with f := u and tied weights B'MOJO-F is a sliding window of W + F."""
+    config = small_config(pattern="bmojo_f")
+    params = float64_params(config)
+    u_BLD = jnp.asarray(rng.normal(size=(2, LENGTH, 16)))
+    documents = layers.packed_documents(jnp.asarray(packed_positions(LENGTH, (9,), (33,))))
+    got, _ = bmojo_mixer(config, params).attention(u_BLD, documents, f_BLD=u_BLD)
+    wide = config.window + config.fading_span
+    want, _ = sliding_window(config, params, wide)(u_BLD, documents)
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_long_window_is_full_attention(rng):
+    """Spec section 5: with W >= L B'MOJO's attention is full causal attention."""
+    config = small_config(pattern="bmojo", window=LENGTH, ssm_residual=False)
+    params = float64_params(config)
+    u_BLD = jnp.asarray(rng.normal(size=(2, LENGTH, 16)))
+    documents = layers.one_document(2, LENGTH)
+    got, _ = bmojo_mixer(config, params)(u_BLD, documents)
+    plain = dataclasses.replace(config, pattern="attention")
+    block = jax.tree.map(lambda p: p[0], params["groups"])["0"]
+    own = {"norm": block["norm"], "mixer": block["mixer"]["attention"]}
+    want, _ = model.bind_block(plain, 0, own).mixer(u_BLD, documents)
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_memory_of_everything_is_full_attention_up_to_staleness(rng):
+    """Spec section 5: M >= tokens that left the window, F = 0, original positions.
+
+    Queries at a chunk's first token miss nothing; there the layer is full attention.
+    """
+    config = small_config(
+        pattern="bmojo",
+        fading_window=0,
+        eidetic_tokens=LENGTH,
+        eidetic_positions="original",
+        ssm_residual=False,
+    )
+    params = float64_params(config)
+    u_BLD = jnp.asarray(rng.normal(size=(2, LENGTH, 16)))
+    documents = layers.packed_documents(jnp.asarray(packed_positions(LENGTH, (), (14,))))
+    got, _ = bmojo_mixer(config, params)(u_BLD, documents)
+    want, _ = sliding_window(config, params, LENGTH)(u_BLD, documents)
+    np.testing.assert_allclose(got[:, :: config.chunk], want[:, :: config.chunk], atol=1e-12)
+    assert np.abs(got - want)[:, config.chunk + config.window :].max() > 1e-3
+
+
+def test_no_memory_is_bmojo_f(rng):
+    config = small_config(pattern="bmojo", eidetic_tokens=0)
+    params = float64_params(config)
+    tokens_BL = tokens(rng)
+    want = model.hidden_states(config, params, tokens_BL)
+    fading_only = dataclasses.replace(config, pattern="bmojo_f")
+    np.testing.assert_array_equal(model.hidden_states(fading_only, params, tokens_BL), want)
+
+
+def test_eidetic_gate_moves_attention_and_gives_the_innovation_a_gradient(rng):
+    config = small_config(eidetic_gate=True)
+    params = float64_params(config)
+    tokens_BL = tokens(rng)
+
+    def loss(gate):
+        changed = jax.tree.map(lambda p: p, params)
+        changed["groups"]["0"]["mixer"]["attention"]["eidetic_gate"] = gate
+        return jnp.sum(jnp.sin(model.hidden_states(config, changed, tokens_BL)))
+
+    gate = params["groups"]["0"]["mixer"]["attention"]["eidetic_gate"]
+    slope = jax.grad(loss)(gate)
+    assert np.abs(slope).min() > 0
+    small = 1e-5 * jnp.ones_like(gate)
+    numeric = (loss(gate + small) - loss(gate - small)) / 2e-5
+    np.testing.assert_allclose(jnp.sum(slope), numeric, rtol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_rematerialisation_changes_no_gradient(rng, remat):
+    config = small_config(pattern="bmojo+mlp,mamba", depth=4)
+    params = float64_params(config)
+    tokens_BL = tokens(rng)
+
+    def gradient(remat):
+        changed = dataclasses.replace(config, remat=remat)
+        run = lambda p: jnp.sum(jnp.sin(model.hidden_states(changed, p, tokens_BL)))  # noqa: E731
+        return jax.jit(jax.grad(run))(params)
+
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, atol=1e-10),
+        gradient(remat),
+        gradient("none"),
+    )
+
+
+def test_depth_does_not_grow_the_program():
+    """The compiled program holds one group, however deep the model."""
+
+    def size(depth):
+        config = small_config(pattern="bmojo,mamba+mlp", depth=depth, compute_dtype="float32")
+        shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+        tokens_BL = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+        lowered = jax.jit(lambda p, t: model.hidden_states(config, p, t)).lower(shapes, tokens_BL)
+        return len(lowered.as_text())
+
+    assert size(16) <= 1.02 * size(2)
+
+
+def test_bfloat16_keeps_the_parts_that_need_it_in_float32(rng):
+    config = small_config(compute_dtype="bfloat16")
+    params = model.init_params(config, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    tokens_BL = tokens(rng)
+    low = model.hidden_states(config, params, tokens_BL)
+    assert low.dtype == jnp.bfloat16
+    exact = dataclasses.replace(config, compute_dtype="float32")
+    high = model.hidden_states(exact, params, tokens_BL)
+    error = jnp.linalg.norm(low.astype(jnp.float32) - high) / jnp.linalg.norm(high)
+    assert 1e-5 < error < 0.05
+    logits = model.bind(config, params).logits(low)
+    assert logits.dtype == jnp.float32
+
+
+def test_module_and_functions_agree(rng):
+    from flax import nnx
+
+    config = small_config()
+    language_model = model.LanguageModel(config, rngs=nnx.Rngs(params=jax.random.key(3)))
+    params = model.init_params(config, jax.random.key(3))
+    tokens_BL = tokens(rng)
+    want = model.bind(config, params)(tokens_BL)
+    np.testing.assert_array_equal(language_model(tokens_BL), want)
+
+
+def test_statistics_are_shares_and_ages(rng):
+    config = small_config()
+    params = float64_params(config)
+    language_model = model.bind(config, params)
+    tokens_BL = tokens(rng)
+    plain, nothing = language_model.hidden_states(tokens_BL)
+    hidden, measured = language_model.hidden_states(tokens_BL, statistics=True)
+    np.testing.assert_array_equal(hidden, plain)
+    assert nothing == {"0": {}}
+    layer = measured["0"]
+    total = layer["mass_in_context"] + layer["mass_fading"] + layer["mass_eidetic"]
+    np.testing.assert_allclose(total, 1, atol=1e-12)
+    assert all(float(layer[name].min()) > 0 for name in layer)
+    # Nothing younger than the window is in the memory; nothing is older than the row.
+    assert float(layer["memory_age"].min()) >= config.window
+    assert float(layer["memory_age"].max()) < LENGTH
+    # What is kept is above the average.
+    assert (layer["memory_innovation"] > layer["innovation"]).all()
+
+
+def test_cache_is_constant_but_for_full_attention():
+    for family, changes in FAMILIES.items():
+        config = small_config(**changes, compute_dtype="float32")
+        sizes = [
+            sum(
+                leaf.nbytes for leaf in jax.tree.leaves(cache.empty_cache(config, 1, max_length=n))
+            )
+            for n in (64, 4096)
+        ]
+        assert (sizes[0] < sizes[1]) == (family == "transformer")
