@@ -8,7 +8,7 @@ The fading projections are the in-context ones unless they are untied.
 Matrix products run in the compute dtype; norms, rotary angles, softmax are float32.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def attend(q_BLHK: Float[Array, "B L H K"], streams: list[KeyStream]) -> Float[A
 
 
 class Attention(nnx.Module):
-    """Projections, norms, rotary and the joint softmax; which tokens to remember comes from outside.
+    """Projections, norms, rotary and the joint softmax. Which tokens to remember is given.
 
     Used for full attention, sliding windows (no fading, no memory) and inside the B'MOJO mixer.
     """
@@ -161,10 +161,11 @@ class Attention(nnx.Module):
         positions_BL = documents.positions_BL
         q_BLHK = self.rotate(self.queries(u_BLD), positions_BL)
         k_BLGK, v_BLGK = self.keys_values(u_BLD)
-        streams = {}
+        streams: dict[str, Any] = {}
         if selection is not None:
             streams |= self._eidetic(k_BLGK, v_BLGK, selection, e_BL, positions_BL)
         if self.fading_window:
+            assert f_BLD is not None
             fading_k_BLGK, fading_v_BLGK = self.fading_keys_values(f_BLD)
             streams |= {
                 "fading_k_BLGK": self.rotate(fading_k_BLGK, positions_BL),
@@ -172,7 +173,7 @@ class Attention(nnx.Module):
                 "fading_window": self.fading_window,
             }
         window = u_BLD.shape[1] if self.window is None else self.window
-        shared = {
+        shared: dict[str, Any] = {
             "window": window,
             "segment_ids_BL": documents.segment_ids_BL,
             "implementation": self.config.attention_implementation,
@@ -226,9 +227,11 @@ class Attention(nnx.Module):
         streams = [stream(ring, self.window, 0)]
         fading, eidetic = cache.fading, cache.eidetic
         if fading is not None:
+            assert f_BLD is not None and self.window is not None
             fading = write_keys(fading, *self.fading_keys_values(f_BLD), piece)
             streams.append(stream(fading, self.window + self.fading_window, self.window))
         if eidetic is not None:
+            assert e_BL is not None
             eidetic = eidetic._replace(e_BR=write(eidetic.e_BR, e_BL, piece))
             eidetic, memories = self._extend_memory(eidetic, ring, piece)
             streams += memories
@@ -320,7 +323,7 @@ class Attention(nnx.Module):
         visible = valid_BM[:, None, :] & same_document & sees_BL1
         return KeyStream(k_BMGK, eidetic.v_BMGK, visible, bias_BHM)
 
-    def _eidetic(self, k_BLGK, v_BLGK, selection, e_BL, positions_BL):
+    def _eidetic(self, k_BLGK, v_BLGK, selection, e_BL, positions_BL) -> dict[str, Any]:
         """The arguments of `memory_attention` that describe the eidetic stream."""
         config = self.config
         index_BZM, valid_BZM = selection

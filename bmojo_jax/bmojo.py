@@ -67,7 +67,7 @@ class Bmojo(nnx.Module):
         out_BLD, masses = self.attention(
             u_BLD, documents, f_BLD=f_BLD, selection=selection, e_BL=e_BL, statistics=statistics
         )
-        if statistics and selection is not None:
+        if statistics and e_BL is not None and selection is not None:
             masses |= self._memory_statistics(e_BL, selection)
         return self._residual(out_BLD, ssm_BLD), masses
 

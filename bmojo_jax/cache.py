@@ -64,7 +64,7 @@ class KeyRing(NamedTuple):
 
 
 class EideticCache(NamedTuple):
-    """The memory of the current chunk, and the innovations of the tokens that may enter the next."""
+    """The memory of the current chunk, and innovations of the tokens that may enter the next."""
 
     slots: Slots
     k_BMGK: Float[Array, "B M G K"]  # unrotated

@@ -17,7 +17,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -97,11 +97,18 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, keep_last: int, keep_best: int
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int,
+        keep_best: int,
+        mode: Literal["write", "read"] = "write",
     ) -> None:
         """Opens a directory, which need not exist before the first save.
 
         Args:
+          mode: "read" leaves the directory as it is: a run may be saving there. "write" drops
+            what a run that was killed has left half saved.
           keep_last: how many of the latest checkpoints stay.
           keep_best: how many of those with the lowest validation loss stay beside them.
         """
@@ -118,7 +125,10 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_LastAndBest(keep_last, keep_best),
                 best_fn=_quality,
-                cleanup_tmp_directories=True,
+                create=mode == "write",
+                cleanup_tmp_directories=mode == "write",
+                read_only=mode == "read",
+                save_interval_steps=int(mode == "write"),
             ),
             handler_registry=handlers,
         )
@@ -281,7 +291,7 @@ def load(
     directory = pathlib.Path(workdir) / "checkpoints"
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist: no run has saved anything there")
-    with Checkpoints(directory, keep_last=1, keep_best=0) as checkpoints:
+    with Checkpoints(directory, keep_last=1, keep_best=0, mode="read") as checkpoints:
         step = checkpoints.check_step(step)
         config = from_dict(TrainConfig, checkpoints.config(step))
         shapes = jax.eval_shape(lambda: model.init_params(config.model, jax.random.key(0)))

@@ -28,7 +28,7 @@ def report(config: TrainConfig, outcome: Outcome, workdir: pathlib.Path) -> None
             stop_ids=[tokenizer.boundary_id],
         )
         sample = config.sample_prompt + tokenizer.decode(ids)
-        (workdir / "sample.txt").write_text(sample)
+        (workdir / "sample.txt").write_text(sample, encoding="utf-8")
         print(f"\n--- a sample, {len(ids)} tokens ---\n{sample}\n---\n")
     if outcome.validation is None:
         return

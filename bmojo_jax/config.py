@@ -35,12 +35,15 @@ def _require(valid: bool, field: str, value: object, wanted: str) -> None:
 
 
 def _check_literals(prefix: str, config: Any) -> None:
-    """Checks every field annotated as a Literal against its choices."""
     for field in dataclasses.fields(config):
-        if typing.get_origin(field.type) is Literal:
-            choices = typing.get_args(field.type)
-            value = getattr(config, field.name)
-            _require(value in choices, f"{prefix}{field.name}", value, f"one of {choices}")
+        _check_literal(f"{prefix}{field.name}", field.type, getattr(config, field.name))
+
+
+def _check_literal(name: str, annotation: Any, value: Any) -> None:
+    """Checks a field annotated as a Literal against its choices."""
+    if typing.get_origin(annotation) is Literal:
+        choices = typing.get_args(annotation)
+        _require(value in choices, name, value, f"one of {choices}")
 
 
 def _check_at_least(prefix: str, config: Any, minimum: float | int, names: Sequence[str]) -> None:
@@ -131,9 +134,13 @@ class ModelConfig:
                 "ssm_expand ssm_state conv_taps mlp_width"
             ).split(),
         )
-        _check_at_least("model.", self, 0, ("eidetic_tokens", "fading_span"))
-        _require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "> 1")
-        _require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "> 0")
+        _check_at_least("model.", self, 0, ("eidetic_tokens",))
+        if self.fading_window is not None:
+            _check_at_least("model.", self, 0, ("fading_window",))
+        _require(
+            1 < self.rope_theta < math.inf, "model.rope_theta", self.rope_theta, "> 1 and finite"
+        )
+        _require(0 < self.norm_eps < math.inf, "model.norm_eps", self.norm_eps, "> 0 and finite")
         length = len(self.blocks)
         _require(
             self.depth % length == 0,
@@ -194,9 +201,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check_literals("optim.", self)
-        _require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "> 0")
-        _require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "> 0")
-        _require(self.eps > 0, "optim.eps", self.eps, "> 0")
+        for name in ("learning_rate", "clip_norm", "eps"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"optim.{name}", value, "> 0 and finite")
         _check_at_least("optim.", self, 0, ("warmup_steps", "weight_decay"))
         _check_at_least("optim.", self, 1, ("accumulate",))
         for name in ("decay_fraction", "final_fraction"):
@@ -213,7 +220,7 @@ class DataConfig:
 
     source: Literal["text_folder"] = "text_folder"
     path: str = ""  # the folder
-    include: str = "**/*.txt"  # glob below path
+    include: str = ""  # glob below path, e.g. "**/*.txt"; empty: every file without NUL bytes
     exclude: tuple[str, ...] = ()  # names of folders, anywhere below path, to leave out
     validation_fraction: float = 0.05  # whole files, by a hash of their relative path
     tokenizer: Literal["bytes"] = "bytes"
@@ -222,12 +229,15 @@ class DataConfig:
     # "anywhere": documents follow one another; "chunk": each starts at a multiple of
     # model.chunk, which makes its result independent of what is packed beside it.
     document_start: Literal["anywhere", "chunk"] = "anywhere"
+    # Rows from which the next one is drawn, so that a long document does not fill whole batches;
+    # they are held in memory. 1: rows keep the order of their documents.
+    shuffle_window: int = 1024
     seed: int = 0
     workers: int = 0  # reader processes; 0 reads in threads of this process
 
     def __post_init__(self) -> None:
         _check_literals("data.", self)
-        _check_at_least("data.", self, 1, ("sequence_length", "batch_size"))
+        _check_at_least("data.", self, 1, ("sequence_length", "batch_size", "shuffle_window"))
         _check_at_least("data.", self, 0, ("workers", "seed"))
         _require(
             0 < self.validation_fraction < 1,
@@ -344,6 +354,33 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def setting_names(kind: Any = None, section: str = "") -> list[str]:
+    """The names of all settings, e.g. "model.window"."""
+    names = []
+    for field in dataclasses.fields(kind or TrainConfig):
+        if dataclasses.is_dataclass(field.type):
+            names += setting_names(field.type, f"{section}{field.name}.")
+        else:
+            names.append(section + field.name)
+    return names
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError if `name` is not a setting; suggests the nearest."""
+    if name not in setting_names():
+        raise ValueError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    def similarity(known: str) -> float:
+        # Twice the last part, so that a setting is also found under the wrong section.
+        whole = difflib.SequenceMatcher(None, name, known)
+        last = difflib.SequenceMatcher(None, name.split(".")[-1], known.split(".")[-1])
+        return whole.ratio() + last.ratio()
+
+    return f"{name} is not a setting; did you mean {max(setting_names(), key=similarity)}?"
+
+
 def from_dict[T](kind: type[T], values: Mapping[str, Any], section: str = "") -> T:
     """Makes the dataclass `kind` of nested plain values, checking every name, type and value.
 
@@ -357,9 +394,7 @@ def from_dict[T](kind: type[T], values: Mapping[str, Any], section: str = "") ->
     arguments = {}
     for name, value in values.items():
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {section}{near[0]}?" if near else f"known: {sorted(fields)}"
-            raise ValueError(f"{section}{name} is not a setting; {hint}")
+            raise ValueError(_unknown(section + name))
         annotation = fields[name].type
         if dataclasses.is_dataclass(annotation):
             arguments[name] = from_dict(annotation, value, f"{section}{name}.")  # pyrefly: ignore
@@ -379,6 +414,7 @@ def _convert(annotation: Any, value: Any, name: str) -> Any:
         value = tuple(value)
     right = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
     _require(right, name, value, f"of type {plain.__name__}" + (" or None" if optional else ""))
+    _check_literal(name, annotation, value)
     return value
 
 

@@ -7,11 +7,8 @@ stopped is no longer advanced. Sampling follows the usual order: temperature, th
 (the smallest set of tokens whose probability reaches p, arXiv 1904.09751); temperature 0 is greedy.
 """
 
-import codecs
 import dataclasses
 import functools
-import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -20,9 +17,10 @@ import numpy as np
 from absl import app, flags
 from jaxtyping import Array, Float, Int
 
-from bmojo_jax import model
+from bmojo_jax import checkpoint, model
 from bmojo_jax.cache import Cache, empty_cache, longest_piece
 from bmojo_jax.config import ModelConfig
+from bmojo_jax.data import tokenizers
 from bmojo_jax.model import Params
 
 
@@ -159,9 +157,7 @@ def stream(
             return
         if step + 1 < max_tokens:
             length_B = running_B.astype(np.int32)
-            logits_BV, cache = _extend(
-                config, params, cache, logits_BV, token_B[:, None], length_B
-            )
+            logits_BV, cache = _extend(config, params, cache, logits_BV, token_B[:, None], length_B)
 
 
 def generate(
@@ -189,3 +185,42 @@ def generate(
             if token is not None:
                 row.append(token)
     return rows
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    values = flags.FLAGS
+    try:
+        sampling = Sampling(values.temperature, values.top_k, values.top_p)
+        trained = checkpoint.load(values.workdir, step=values.step)
+    except (ValueError, FileNotFoundError) as error:
+        raise app.UsageError(str(error)) from error
+    tokenizer = tokenizers.make_tokenizer(trained.config.data.tokenizer)
+    decoder = tokenizers.StreamingDecoder(tokenizer)
+    prompt = [tokenizer.boundary_id, *tokenizer.encode(values.prompt).tolist()]
+    print(values.prompt, end="", flush=True)
+    for (token,) in stream(
+        trained.config.model,
+        trained.params,
+        [prompt],
+        max_tokens=values.tokens,
+        sampling=sampling,
+        stop_ids=[tokenizer.boundary_id],
+        seed=values.seed,
+    ):
+        print(decoder.push([token]), end="", flush=True)
+    print(decoder.finish())
+
+
+if __name__ == "__main__":  # here, since train.py imports this module and has flags of its own
+    flags.DEFINE_string("workdir", None, "The work directory of a run.")
+    flags.DEFINE_string("prompt", "", "What to continue.")
+    flags.DEFINE_integer("tokens", 500, "At most so many tokens.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.8, "0: always the most likely token.")
+    flags.DEFINE_integer("top_k", 0, "Draw among the k most likely tokens; 0: all.")
+    flags.DEFINE_float("top_p", 0.95, "Draw among the fewest tokens of this probability.")
+    flags.DEFINE_integer("seed", 0, "Of the draws.")
+    flags.DEFINE_integer("step", None, "Of the checkpoint; default: the latest.")
+    flags.mark_flags_as_required(["workdir"])
+    app.run(main)

@@ -130,7 +130,7 @@ class RMSNorm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """A linear map without bias over the last `len(inputs)` axes: [..., *inputs] -> [..., *outputs].
+    """A linear map without bias over the last axes: [..., *inputs] -> [..., *outputs].
 
     The kernel has shape [*inputs, *outputs]: heads keep an axis of their own, so that a mesh axis
     can cut them.
@@ -161,12 +161,10 @@ class CausalConv(nnx.Module):
     def __init__(self, width: int, taps: int, *, rngs: nnx.Rngs):
         bound = taps**-0.5
         draw = jax.random.uniform
-        self.kernel = nnx.Param(draw(rngs.params(), (taps, width), minval=-bound, maxval=bound))
-        self.bias = nnx.Param(draw(rngs.params(), (width,), minval=-bound, maxval=bound))
+        self.kernel = nnx.Param(draw(rngs.params(), (taps, width), jnp.float32, -bound, bound))
+        self.bias = nnx.Param(draw(rngs.params(), (width,), jnp.float32, -bound, bound))
 
-    def __call__(
-        self, x_BLE: Array, positions_BL: Array, tail_BSE: Array | None = None
-    ) -> Array:
+    def __call__(self, x_BLE: Array, positions_BL: Array, tail_BSE: Array | None = None) -> Array:
         return causal_conv(x_BLE, self.kernel[...], self.bias[...], positions_BL, tail_BSE)
 
 

@@ -244,8 +244,9 @@ class Reporter:
         # JSON has no NaN and no infinity.
         finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
         self._file.write(json.dumps(record | finite) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        for name, value in finite.items():
+            if value is not None:
+                self._board.add_scalar(f"{split}/{name}", value, step)
         if split == "train":
             self._last["loss"] = f"{values['loss']:.4f}"
             self._last["bits/byte"] = f"{values['bits_per_byte']:.3f}"

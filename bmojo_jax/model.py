@@ -1,6 +1,6 @@
 """The language model: embedding, a pattern of residual blocks repeated over depth, norm, head.
 
-    x = embedding[tokens];  for each block: x += mixer(norm(x)), then x += mlp(norm(x)) if it has one
+    x = embedding[tokens];  each block: x += mixer(norm(x)), then x += mlp(norm(x)) if it has one
     logits = norm(x) @ head        (head = embedding^T when tied)
 
 One repetition of the pattern is a *group*. The parameters of all groups are stacked and
@@ -39,7 +39,10 @@ Params = dict[str, Any]
 EMBEDDING_STDDEV = 0.02
 
 
-def _mixer(config: ModelConfig, spec: BlockSpec, scale: float, rngs: nnx.Rngs) -> nnx.Module:
+Mixer = Mamba | Attention | Bmojo
+
+
+def _mixer(config: ModelConfig, spec: BlockSpec, scale: float, rngs: nnx.Rngs) -> Mixer:
     match spec.mixer:
         case "mamba":
             return Mamba(config, output_scale=scale, rngs=rngs)
@@ -134,7 +137,7 @@ class LanguageModel(nnx.Module):
         *,
         statistics: bool = False,
     ) -> tuple[Float[Array, "B L D"], dict[str, dict[str, Array]]]:
-        """Hidden states after the last norm; per-layer statistics, arrays [num_groups], if asked."""
+        """Hidden states after the last norm; statistics of each layer, [num_groups], if asked."""
         config = self.config
         if positions_BL is None:
             documents = one_document(*tokens_BL.shape)

@@ -27,7 +27,7 @@ NEUTRAL_DT = -1e4
 
 def initial_dt_bias(key: Array, width: int) -> Float[Array, " E"]:
     """Inverse softplus of step sizes drawn log-uniformly from [DT_MIN, DT_MAX]."""
-    uniform = jax.random.uniform(key, (width,))
+    uniform = jax.random.uniform(key, (width,), jnp.float32)
     dt = jnp.exp(uniform * (math.log(DT_MAX) - math.log(DT_MIN)) + math.log(DT_MIN))
     dt = jnp.maximum(dt, DT_FLOOR)
     return dt + jnp.log(-jnp.expm1(-dt))
@@ -49,7 +49,9 @@ class Mamba(nnx.Module):
         self.x_proj = Projection((inner,), (rank + 2 * state,), rngs=rngs)
         self.dt_proj = StepSize(rank, inner, rngs=rngs)
         self.a_log = nnx.Param(
-            jnp.broadcast_to(jnp.log(jnp.arange(1.0, state + 1))[None, :], (inner, state))
+            jnp.broadcast_to(
+                jnp.log(jnp.arange(1, state + 1, dtype=jnp.float32))[None, :], (inner, state)
+            )
         )
         self.skip = nnx.Param(jnp.ones((inner,), jnp.float32))
         if config.ssm_norm:
@@ -114,7 +116,7 @@ class StepSize(nnx.Module):
 
     def __init__(self, rank: int, inner: int, *, rngs: nnx.Rngs):
         bound = rank**-0.5
-        draw = jax.random.uniform(rngs.params(), (rank, inner), minval=-bound, maxval=bound)
+        draw = jax.random.uniform(rngs.params(), (rank, inner), jnp.float32, -bound, bound)
         self.kernel = nnx.Param(draw)
         self.bias = nnx.Param(initial_dt_bias(rngs.params(), inner))
 

@@ -5,7 +5,7 @@
 A batch is cut into `optim.accumulate` micro-batches whose gradients are summed before they are
 divided by the weight of the whole batch, so accumulation changes memory and not the result. An
 update with a non-finite loss or gradient norm leaves parameters and optimizer untouched; the loop
-then stops with a report, or counts it and goes on.
+then stops with a report, or goes on (`TrainState.skipped` counts them).
 
 Everything runs on a mesh (one device is a mesh of one): the state is born sharded, its buffers are
 donated, and batches are made of each process's own rows.
@@ -18,13 +18,15 @@ import math
 import os
 import pathlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
@@ -33,6 +35,8 @@ from bmojo_jax.checkpoint import Checkpoints
 from bmojo_jax.config import TrainConfig, from_dict, to_dict
 from bmojo_jax.data import pipeline, tokenizers
 from bmojo_jax.metrics import Reporter
+from pallas_kernels.memory_attention.api import IMPLEMENTATIONS as ATTENTION_IMPLEMENTATIONS
+from pallas_kernels.selective_scan.api import IMPLEMENTATIONS as SCAN_IMPLEMENTATIONS
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
@@ -46,10 +50,15 @@ _FREE_DATA_FIELDS = {"workers"}
 class TrainState(NamedTuple):
     """All that a step reads and writes beside the batch."""
 
-    step: Int[Array, ""]  # updates made
+    step: Int[Array, ""]  # batches seen
+    skipped: Int[Array, ""]  # of these, how many were not finite and changed nothing
     params: model.Params
     opt_state: optax.OptState
     key: UInt[Array, " 2"]  # for randomness in a step (nothing draws from it so far)
+
+
+class SettingsError(ValueError):
+    """The settings do not fit together, or the devices, the data, or the run they continue."""
 
 
 class NonFiniteError(RuntimeError):
@@ -62,6 +71,7 @@ def init_state(config: TrainConfig, optimizer: optax.GradientTransformation) -> 
     params = model.init_params(config.model, params_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         key=jax.random.key_data(key),
@@ -104,7 +114,9 @@ def train_step(
     if pieces == 1:
         grads, loss = gradient(state.params, batch)
     else:
-        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[:, 0], micro_batches))
+        shapes = jax.eval_shape(
+            gradient, state.params, jax.tree.map(lambda x: x[:, 0], micro_batches)
+        )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (grads, loss), _ = jax.lax.scan(accumulate, zeros, jnp.arange(pieces))
     weight = jnp.maximum(loss.weight, 1)
@@ -116,6 +128,7 @@ def train_step(
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     new_state = TrainState(
         step=state.step + 1,
+        skipped=state.skipped + ~finite,
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         key=state.key,
@@ -124,14 +137,14 @@ def train_step(
     num_bytes = jnp.sum(token_bytes_V[batch["targets"]] * batch["weights"])
     schedule = optim.make_schedule(config.optim, config.steps)
     measured = {
-        "step": state.step + 1,
         "loss": loss.nll / weight,
         "bits_per_byte": loss.nll / (math.log(2) * jnp.maximum(num_bytes, 1)),
         "accuracy": loss.correct / weight,
         "z_loss": loss.z_loss / weight,
-        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        "tokens": loss.weight,
-        "non_finite": 1 - finite.astype(jnp.float32),
+        "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+        "targets": loss.weight,
+        "skipped": new_state.skipped,
+        "finite": finite,
     }
     return new_state, measured | norms
 
@@ -172,9 +185,14 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     )
 
 
-def check_continuation(before: dict[str, Any], now: TrainConfig) -> None:
-    """Raises ValueError if `now` cannot continue a run that was started with `before`."""
+def check_continuation(before: dict[str, Any], step: int, now: TrainConfig) -> None:
+    """Raises ValueError if `now` cannot continue a run that has made `step` steps with `before`."""
     old = from_dict(TrainConfig, before)
+    if now.steps < step:
+        raise ValueError(
+            f"steps={now.steps}: must be at least {step}, which the run in this work directory "
+            "has made already (or choose another work directory)"
+        )
     for section, free in (("model", _FREE_MODEL_FIELDS), ("data", _FREE_DATA_FIELDS)):
         was, is_ = to_dict(getattr(old, section)), to_dict(getattr(now, section))
         for field, value in is_.items():
@@ -187,20 +205,24 @@ def check_continuation(before: dict[str, Any], now: TrainConfig) -> None:
 
 def write_config(config: TrainConfig, workdir: pathlib.Path) -> None:
     """Leaves the resolved settings in `config.json`."""
+    if jax.process_index():
+        return
     part = workdir / "config.json.part"
     part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
     os.replace(part, workdir / "config.json")
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[dict[str, int]]:
+def stop_signals() -> Generator[list[int]]:
     """Notes SIGTERM and SIGINT instead of dying of them; a second SIGINT does interrupt."""
-    received: dict[str, int] = {}
+    received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        if "signal" in received and number == signal.SIGINT:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received["signal"] = number
+        received.append(number)
+        # Not by logging, which may be what the signal has interrupted.
+        os.write(2, b"\nstops after this step, with a checkpoint (Ctrl-C again: at once)\n")
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -224,35 +246,46 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
     """Trains to `config.steps`, from the latest checkpoint in `workdir` if there is one.
 
     Raises:
-      ValueError: the settings do not fit the devices, the data, or the run in `workdir`.
+      SettingsError: the settings do not fit; nothing was compiled or written.
       NonFiniteError: `non_finite` is "stop" and a loss or gradient was not finite.
     """
     workdir = pathlib.Path(workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_divisible(config, mesh)
-    check_vocabulary(config)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = pipeline.train_iterator(config.data, config.model.chunk, **processes)
-    program = make_program(config, mesh)
+    with _settings_errors():
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_divisible(config, mesh)
+        check_vocabulary(config)
+        check_workdir(workdir)
+        program = make_program(config, mesh)
+        check_implementations(config, program)
+        batches = pipeline.train_iterator(
+            config.data,
+            config.model.chunk,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
     with contextlib.ExitStack() as stack:
+        # First, so that saving, too, is over before a signal has its usual effect again.
+        signals = stack.enter_context(stop_signals())
         stack.callback(batches.close)
         checkpoints = stack.enter_context(
             Checkpoints(
                 workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
             )
         )
-        if checkpoints.latest_step() is not None:
-            check_continuation(checkpoints.config(), config)
+        latest = checkpoints.latest_step()
+        if latest is not None:
+            with _settings_errors():
+                check_continuation(checkpoints.config(), latest, config)
         stack.enter_context(jax.set_mesh(mesh))
-        if checkpoints.latest_step() is None:
+        if latest is None:
             state, start = program.init(), 0
         else:
             state, data_state = checkpoints.restore(program.abstract_state)
+            start = latest
+            assert isinstance(data_state, dict)
             batches.set_state(data_state)
-            start = int(state.step)
             logging.info("continues after step %d of %s", start, workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
         write_config(config, workdir)
         reporter = Reporter(
             workdir,
@@ -263,51 +296,105 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
             flops_per_token=metrics.flops_per_token(config.model, config.data.sequence_length),
         )
         stack.callback(reporter.close)
-        signals = stack.enter_context(stop_signals())
         validate = evaluate.make_validator(config, mesh)
 
-        def check(measured: dict[str, float] | None) -> None:
-            if measured and measured["non_finite"]:
-                report = f"step {int(measured['step'])}: loss {measured['loss']}, gradient norm "
-                report += f"{measured['grad_norm']}, learning rate {measured['learning_rate']:g}"
-                if config.non_finite == "stop":
-                    raise NonFiniteError(
-                        f"{report}. The last good checkpoint is step {checkpoints.latest_step()} "
-                        f"in {checkpoints.directory}. Try a lower optim.learning_rate or "
-                        "optim.clip_norm, or non_finite='skip'."
-                    )
-                logging.warning("update skipped at %s", report)
-
-        validation = None
+        step, validation = start, None
         for step in range(start + 1, config.steps + 1):
             state, measured = program.step(state, sharding.place_batch(next(batches), mesh))
-            check(reporter.train(step, measured))
-            last = step == config.steps or "signal" in signals
-            evaluates = step % config.eval_every == 0 or step == config.steps
-            saves = step % config.checkpoint_every == 0 or last
-            if not (evaluates or saves):
-                continue
-            check(reporter.flush())
-            with reporter.paused():
-                validation_loss = None
-                if evaluates:
-                    validation = validate(state.params)
-                    validation_loss = validation.loss
-                    reporter.validation(step, validation.metrics())
-                if saves:
-                    checkpoints.save(
-                        step,
-                        state._asdict(),
-                        batches.get_state(),
-                        to_dict(config),
-                        validation_loss=validation_loss,
-                    )
-            if "signal" in signals:
+            check_finite(config, step - 1, reporter.train(step, measured), checkpoints)
+            stops = _agreed(bool(signals), step, config)
+            last = step == config.steps
+            # A process that is told to end may have little time: no evaluation then.
+            evaluates = last or (step % config.eval_every == 0 and not stops)
+            saves = last or stops or step % config.checkpoint_every == 0
+            if evaluates or saves:
+                check_finite(config, step, reporter.flush(), checkpoints)
+                with reporter.paused():
+                    validation_loss = None
+                    if evaluates:
+                        validation = validate(state.params)
+                        validation_loss = validation.loss
+                        reporter.validation(step, validation.metrics())
+                    if saves:
+                        checkpoints.save(
+                            step,
+                            state,
+                            batches.get_state(),
+                            to_dict(config),
+                            validation_loss=validation_loss,
+                        )
+            if stops:
                 break
-        step = int(state.step)
-        if validation is None and step == config.steps:
+        if validation is None and step == config.steps:  # the run had ended before
             validation = validate(state.params)
     return Outcome(step, state.params, validation, interrupted=step < config.steps)
+
+
+@contextlib.contextmanager
+def _settings_errors() -> Generator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _agreed(stop: bool, step: int, config: TrainConfig) -> bool:
+    """Whether to stop after this step, the same on all processes: they save together."""
+    if jax.process_count() == 1:
+        return stop
+    # Asking makes every process wait for the device, so not after every step.
+    if step % config.log_every:
+        return False
+    return bool(multihost_utils.process_allgather(np.int32(stop)).any())
+
+
+def check_finite(
+    config: TrainConfig, step: int, measured: dict[str, float] | None, checkpoints: Checkpoints
+) -> None:
+    """Stops or warns if the update of `step` was skipped for a loss that was not finite."""
+    if measured is None or measured["finite"]:
+        return
+    report = (
+        f"step {step}: loss {measured['loss']}, gradient norm {measured['grad_norm']}, "
+        f"learning rate {measured['learning_rate']:g}"
+    )
+    if config.non_finite == "skip":
+        logging.warning("%s: update skipped, %d so far", report, measured["skipped"])
+        return
+    saved = checkpoints.latest_step()
+    kept = "No checkpoint had been saved"
+    if saved is not None:
+        kept = f"The last good checkpoint, step {saved}, is kept in {checkpoints.directory}"
+    raise NonFiniteError(
+        f"{report}. {kept}. The same command continues from there: lower optim.learning_rate or "
+        'optim.clip_norm, or skip such updates with non_finite="skip".'
+    )
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+    """Raises ValueError if no directory can be there."""
+    nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"workdir={str(workdir)!r}: {nearest} must be a directory to write to")
+
+
+def check_implementations(config: TrainConfig, program: Program) -> None:
+    """Raises ValueError if an implementation that the settings name cannot run this model."""
+    named = False
+    for field, known in (
+        ("scan_implementation", SCAN_IMPLEMENTATIONS),
+        ("attention_implementation", ATTENTION_IMPLEMENTATIONS),
+    ):
+        name = getattr(config.model, field)
+        if name is not None and name not in known:
+            raise ValueError(f"model.{field}={name!r}: must be None or one of {sorted(known)}")
+        named |= name is not None
+    if named:  # else what cannot run is passed over
+        shape = (config.data.batch_size, config.data.sequence_length)
+        ints, floats = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
+        batch = {"inputs": ints, "targets": ints, "weights": floats, "positions": ints}
+        with jax.set_mesh(program.mesh):
+            jax.eval_shape(program.step, program.abstract_state, batch)
 
 
 def check_vocabulary(config: TrainConfig) -> None:

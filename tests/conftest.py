@@ -3,14 +3,22 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # The suite spends its time compiling: LLVM's expensive passes double it.
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 )
 
 from jaxtyping import install_import_hook
 
+import tests.typechecker  # noqa: F401  (the hook takes it by name and does not import it)
+
 # jaxtyping annotations of the public boundaries are enforced here and cost nothing elsewhere.
-install_import_hook(["bmojo_jax", "pallas_kernels"], "beartype.beartype")
+install_import_hook(["bmojo_jax", "pallas_kernels"], "tests.typechecker.check")
 
 import jax
 import numpy as np

@@ -1,6 +1,7 @@
 """Small models that several test files build: every family, every border crossed at L = 40."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,6 @@ def packed_positions(length: int, *rows: tuple[int, ...]) -> np.ndarray:
     positions = np.empty((len(rows), length), np.int32)
     for row, starts in enumerate(rows):
         borders = [0, *starts, length]
-        for first, last in zip(borders[:-1], borders[1:], strict=True):
+        for first, last in itertools.pairwise(borders):
             positions[row, first:last] = np.arange(last - first)
     return positions

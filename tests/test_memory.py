@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models import packed_positions
 
 from bmojo_jax import memory
+from tests.models import packed_positions
 
 # (L, W, C, M): every order of the four, primes, a chunk of one, more slots than tokens.
 SHAPES = [
@@ -65,7 +65,9 @@ def test_streaming_form_equals_parallel_form_exactly(
     positions_BL = packed_positions(length, *rows)
     start_BL = np.arange(length)[None] - positions_BL
     e_BL = draw(rng, positions_BL.shape, ties)
-    parallel = memory.select(jnp.asarray(e_BL), jnp.asarray(start_BL), window=window, chunk=chunk, size=size)
+    parallel = memory.select(
+        jnp.asarray(e_BL), jnp.asarray(start_BL), window=window, chunk=chunk, size=size
+    )
     slots = memory.empty_slots(1, size)
     for z, s in enumerate(range(0, length, chunk)):
         time_BC = np.arange(s - chunk - window + 1, s - window + 1)[None]

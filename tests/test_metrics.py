@@ -26,13 +26,17 @@ def _records(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def _values(loss):
+    return {"loss": jnp.float32(loss), "bits_per_byte": jnp.float32(loss / 2)}
+
+
 def _train(reporter, steps, loss=lambda step: 8.0 / step):
-    return [reporter.train(step, {"loss": jnp.float32(loss(step))}) for step in steps]
+    return [reporter.train(step, _values(loss(step))) for step in steps]
 
 
 def test_metrics_arrive_one_step_late(tmp_path):
     reporter = _reporter(tmp_path)
-    assert _train(reporter, range(1, 4)) == [None, {"loss": 8.0}, {"loss": 4.0}]
+    assert _train(reporter, range(1, 4)) == [None, _values(8.0), _values(4.0)]
     assert [record["step"] for record in _records(tmp_path)] == [2]
     reporter.close()
 
@@ -42,7 +46,7 @@ def test_only_the_metrics_of_the_step_before_are_waited_for(tmp_path, monkeypatc
     device_get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(x) or device_get(x))
     reporter = _reporter(tmp_path)
-    values = [{"loss": jnp.float32(step)} for step in (1, 2, 3)]
+    values = [_values(step) for step in (1, 2, 3)]
     for step, value in enumerate(values, start=1):
         reporter.train(step, value)
         assert fetched == values[: step - 1]
@@ -54,7 +58,7 @@ def test_records(tmp_path):
     reporter = _reporter(tmp_path, steps=5)
     _train(reporter, range(1, 5))
     with reporter.paused():
-        reporter.validation(4, {"loss": 3.0, "accuracy": 0.5})
+        reporter.validation(4, {"loss": 3.0, "bits_per_byte": 2.0, "accuracy": 0.5})
     _train(reporter, [5])
     reporter.close()
     records = _records(tmp_path)
@@ -66,7 +70,7 @@ def test_records(tmp_path):
         (5, "train", pytest.approx(1.6)),
     ]
     assert records[1]["tokens"] == 4 * 32
-    assert records[1]["bits_per_byte"] == pytest.approx(2.0 / math.log(2))
+    assert records[1]["bits_per_byte"] == 1.0
     assert records[1]["tokens_per_second"] > 0
     assert records[2]["accuracy"] == 0.5
     assert "mfu" not in records[1]  # a CPU has no stated peak
@@ -93,7 +97,7 @@ def test_rate_leaves_out_compilation_and_pauses(tmp_path, monkeypatch):
 def test_resuming_doubles_nothing_and_loses_nothing(tmp_path):
     reporter = _reporter(tmp_path, log_every=1)
     _train(reporter, range(1, 6))
-    reporter.validation(4, {"loss": 1.0})
+    reporter.validation(4, {"loss": 1.0, "bits_per_byte": 1.0})
     reporter.close()
     # A crash may cut the last line short.
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -128,7 +132,7 @@ def test_non_finite_values_are_valid_json(tmp_path):
 def test_figure_and_tensorboard(tmp_path):
     reporter = _reporter(tmp_path)
     _train(reporter, range(1, 7))
-    reporter.validation(6, {"loss": 2.0})
+    reporter.validation(6, {"loss": 2.0, "bits_per_byte": 1.0})
     reporter.close()
     png = (tmp_path / "loss.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (840, 540)

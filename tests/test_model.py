@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models import FAMILIES, float64_params, packed_positions, small_config
 
 from bmojo_jax import cache, layers, model
+from tests.models import FAMILIES, float64_params, packed_positions, small_config
 
 LENGTH = 40
 
@@ -57,7 +57,9 @@ def test_causality_by_gradient(rng, family):
     language_model = model.bind(config, params)
     tokens_BL = tokens(rng, batch=1)
 
-    def at(x_BLD, t):
+    @jax.jit
+    @jax.grad
+    def reach_of(x_BLD, t):
         documents = layers.one_document(1, LENGTH)
         for i in range(len(config.blocks)):
             group = jax.tree.map(lambda p: p[0], params["groups"])
@@ -67,7 +69,7 @@ def test_causality_by_gradient(rng, family):
 
     x_BLD = language_model.embedding.table[...][tokens_BL]
     for t in (0, 6, 12, 27, 39):
-        reach = np.abs(jax.grad(at)(x_BLD, t)[0]).max(axis=-1)
+        reach = np.abs(reach_of(x_BLD, t)[0]).max(axis=-1)
         assert (reach[t + 1 :] == 0).all()
         assert reach[t] > 0
         if t and config.pattern != "swa+mlp":
@@ -304,9 +306,7 @@ def test_cache_is_constant_but_for_full_attention():
     for family, changes in FAMILIES.items():
         config = small_config(**changes, compute_dtype="float32")
         sizes = [
-            sum(
-                leaf.nbytes for leaf in jax.tree.leaves(cache.empty_cache(config, 1, max_length=n))
-            )
+            sum(leaf.nbytes for leaf in jax.tree.leaves(cache.empty_cache(config, 1, max_length=n)))
             for n in (64, 4096)
         ]
         assert (sizes[0] < sizes[1]) == (family == "transformer")

@@ -1,6 +1,7 @@
 """Batches of a run, for one process of several.
 
-    training     shuffle anew in each epoch -> documents of this process -> tokens -> rows -> batch
+    training     shuffle anew in each epoch -> documents of this process -> tokens -> rows
+                 -> shuffle within a window -> batch
     validation   all documents in order -> tokens -> rows -> batch -> rows of this process
 
 Each process trains on documents of its own. In validation every process packs the whole split and
@@ -45,7 +46,10 @@ def train_iterator(
         )
     documents = grain.MapDataset.source(source).seed(data.seed).shuffle()
     documents = documents[process_index::process_count].repeat()
-    batches = _pack(documents, data, chunk).batch(rows)
+    packed = grain.experimental.WindowShuffleIterDataset(
+        _pack(documents, data, chunk), window_size=data.shuffle_window, seed=data.seed
+    )
+    batches = packed.batch(rows)
     if data.workers:
         if not flags.FLAGS.is_parsed():  # grain reads its own, or fails in a way that is no help
             raise ValueError(

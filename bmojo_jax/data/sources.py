@@ -17,6 +17,9 @@ from bmojo_jax.config import DataConfig
 
 Split = Literal["train", "validation"]
 
+_EVERYTHING = "**/*"
+_SNIFFED = 8192  # bytes in which a file that is no text is expected to have a NUL
+
 
 class TextFolder:
     """Files of a folder as documents: a `grain.sources.RandomAccessDataSource` of bytes."""
@@ -57,15 +60,18 @@ def read_split(data: DataConfig, split: Split) -> list[bytes]:
 
 def _usable_files(root: Path, data: DataConfig) -> list[str]:
     """Relative paths, sorted; what is left out is counted and logged."""
-    if not data.include or Path(data.include).is_absolute():
+    if Path(data.include).is_absolute():
         raise ValueError(
-            f'data.include={data.include!r}: must be a glob relative to data.path, e.g. "**/*.txt"'
+            f"data.include={data.include!r}: must be a glob relative to data.path, e.g. "
+            '"**/*.txt", or empty for every text file'
         )
     excluded = set(data.exclude)
-    found = sorted(path.relative_to(root).as_posix() for path in root.glob(data.include))
+    matches = root.glob(data.include or _EVERYTHING)
+    found = sorted(path.relative_to(root).as_posix() for path in matches)
     found = [path for path in found if excluded.isdisjoint(Path(path).parts[:-1])]
     usable: list[str] = []
-    left_out: dict[str, list[str]] = {"empty": [], "unreadable": [], "the same file again": []}
+    reasons = ("empty", "unreadable", "binary", "the same file again")
+    left_out: dict[str, list[str]] = {reason: [] for reason in reasons}
     seen = set()
     for path in found:
         try:
@@ -81,6 +87,8 @@ def _usable_files(root: Path, data: DataConfig) -> list[str]:
             left_out["unreadable"].append(path)
         elif status.st_size == 0:
             left_out["empty"].append(path)
+        elif not data.include and _is_binary(root / path):
+            left_out["binary"].append(path)
         elif target in seen:
             left_out["the same file again"].append(path)
         else:
@@ -108,6 +116,11 @@ def _usable_files(root: Path, data: DataConfig) -> list[str]:
             f"to validate on; data.include={data.include!r} matches only {usable[0]!r}"
         )
     return usable
+
+
+def _is_binary(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" in file.read(_SNIFFED)
 
 
 def _split(paths: Sequence[str], validation_fraction: float) -> dict[Split, list[str]]:

@@ -32,7 +32,9 @@ def folder(tmp_path, rng):
 
 
 def config(folder, **settings):
-    settings = {"sequence_length": 16, "batch_size": 4, "validation_fraction": 0.3} | settings
+    """Rows in the order of their documents, unless the window says otherwise."""
+    settings = {"shuffle_window": 1} | settings
+    settings = {"sequence_length": 16, "batch_size": 4, "validation_fraction": 0.3, **settings}
     return DataConfig(path=str(folder), **settings)
 
 
@@ -145,6 +147,24 @@ def check_resume(data, points, count=1):
 @pytest.mark.parametrize("count", [1, 2])
 def test_resume_is_exact(folder, document_start, count):
     check_resume(config(folder, document_start=document_start), (0, 1, 2, 7, 25), count)
+
+
+@pytest.mark.parametrize("window", [3, 7, 64])
+def test_resume_is_exact_in_a_shuffled_window(folder, window):
+    check_resume(config(folder, shuffle_window=window), (0, 1, 2, 7, 25))
+
+
+def test_rows_are_shuffled_within_a_window(folder):
+    def rows(window):
+        iterator = train(config(folder, shuffle_window=window))
+        batches = take(iterator, 8)
+        iterator.close()
+        return [row.tobytes() for batch in batches for row in batch["inputs"]]
+
+    in_order, shuffled = rows(1), rows(8)
+    assert in_order != shuffled
+    for first in range(0, 32, 8):
+        assert sorted(in_order[first : first + 8]) == sorted(shuffled[first : first + 8])
 
 
 @pytest.mark.slow

@@ -101,10 +101,19 @@ def test_errors_name_the_setting(tmp_path):
     path = str(tmp_path)
     refuse(r"data\.path='': must be the path of an existing folder")
     refuse(r"data\.path='.*missing': must be", path=path + "/missing")
-    refuse(r"data\.include='\*\*/\*\.txt': must match files", path=path)
+    refuse(r"data\.include='': must match files", path=path)
     write(tmp_path, {"a.txt": b"", "b.md": b"x"})
     refuse(r"data\.path='.*a\.txt': must be", path=path + "/a.txt")
-    refuse(r"data\.include='\*\*/\*\.txt': must match files .*matches 1 names", path=path)
+    refuse(r"data\.include='.*txt': must match files .*matches 1 names", path=path, include="*.txt")
     refuse(r"data\.path='.*: must hold at least 2 .*'b\.md'", path=path, include="*.md")
     refuse(r"data\.include='/etc/\*': must be a glob relative", path=path, include="/etc/*")
-    refuse(r"data\.include='': must be a glob relative", path=path, include="")
+
+
+def test_without_a_glob_every_text_file_counts(tmp_path):
+    write(tmp_path, {f"{n}.any": b"caf\xe9" for n in range(4)})
+    write(tmp_path, {"late.txt": b"x" * 9000 + b"\0", "binary.txt": b"ab\0c"})
+    paths = paths_of(DataConfig(path=str(tmp_path)))
+    found = {*paths["train"], *paths["validation"]}
+    assert found == {"0.any", "1.any", "2.any", "3.any", "late.txt"}
+    named = paths_of(DataConfig(path=str(tmp_path), include="*.txt"))
+    assert {*named["train"], *named["validation"]} == {"late.txt", "binary.txt"}

@@ -1,0 +1,148 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bmojo_jax import cache, generate, model
+from bmojo_jax.generate import Sampling
+from tests.models import FAMILIES, float64_params, small_config
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def build(family):
+    config = small_config(**FAMILIES[family])
+    return config, float64_params(config)
+
+
+def greedy_by_whole_passes(config, params, prompt, count):
+    """The definition: the whole sequence again for every token (one shape: causal padding)."""
+    length = len(prompt) + count
+    run = jax.jit(lambda t: model.bind(config, params)(t))
+    ids = list(prompt)
+    for _ in range(count):
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(ids)] = ids
+        ids.append(int(np.argmax(run(jnp.asarray(padded))[0, len(ids) - 1])))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["transformer", "mamba", "hybrid", "bmojo_f", "bmojo"])
+def test_greedy_generation_of_rows_of_different_lengths(rng, family):
+    """Far beyond W + F + C; every row as if it were alone and without a cache."""
+    config, params = build(family)
+    prompts = [rng.integers(0, 31, size=n).tolist() for n in (1, 9, 22)]
+    rows = generate.generate(config, params, prompts, max_tokens=20, sampling=GREEDY)
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert row == greedy_by_whole_passes(config, params, prompt, 20)
+
+
+@pytest.mark.parametrize("piece", [1, 3, 4])
+def test_prefill_does_not_depend_on_its_pieces(rng, piece):
+    config, params = build("bmojo")
+    prompts = [rng.integers(0, 31, size=n).tolist() for n in (23, 5)]
+    logits_BV, state = generate.prefill(
+        config, params, cache.empty_cache(config, 2, max_length=23), prompts, piece=piece
+    )
+    np.testing.assert_array_equal(state.time_B, [23, 5])
+    whole = model.bind(config, params)
+    for row, prompt in enumerate(prompts):
+        want = whole(jnp.asarray([prompt]))[0, -1]
+        np.testing.assert_allclose(logits_BV[row], want, atol=1e-5)
+
+
+def test_a_conversation_continues_where_it_stopped(rng):
+    """A prompt in two prefills with a decoding step between them is one prompt."""
+    config, params = build("bmojo")
+    prompt = rng.integers(0, 31, size=30).tolist()
+    state = cache.empty_cache(config, 1, max_length=30)
+    for part in (prompt[:11], prompt[11:12], prompt[12:]):
+        logits_BV, state = generate.prefill(config, params, state, [part])
+    want = model.bind(config, params)(jnp.asarray([prompt]))[0, -1]
+    np.testing.assert_allclose(logits_BV[0], want, atol=1e-5)
+
+
+def test_rows_stop_at_stop_ids_and_the_others_go_on(rng):
+    config, params = build("bmojo")
+    prompts = [rng.integers(0, 31, size=n).tolist() for n in (6, 9)]
+    free = generate.generate(config, params, prompts, max_tokens=12, sampling=GREEDY)
+    stop = next(token for token in free[0] if token not in free[1])
+    rows = generate.generate(
+        config, params, prompts, max_tokens=12, sampling=GREEDY, stop_ids=[stop]
+    )
+    assert rows[0] == free[0][: free[0].index(stop) + 1]
+    assert rows[1] == free[1]
+
+
+def test_stream_yields_what_generate_collects(rng):
+    config, params = build("mamba")
+    prompts = [rng.integers(0, 31, size=n).tolist() for n in (2, 4)]
+    arguments = {"max_tokens": 5, "sampling": Sampling(1.0), "seed": 3}
+    steps = list(generate.stream(config, params, prompts, **arguments))
+    rows = generate.generate(config, params, prompts, **arguments)
+    assert [list(row) for row in zip(*steps, strict=True)] == rows
+    other = generate.generate(config, params, prompts, **{**arguments, "seed": 4})
+    assert other != rows
+
+
+def frequencies(logits, sampling, count=4000):
+    keys = jax.random.split(jax.random.key(0), count)
+    logits_BV = jnp.asarray([logits])
+    draws = jax.vmap(lambda key: generate.sample(logits_BV, key, sampling)[0])(keys)
+    return np.bincount(draws, minlength=len(logits)) / count
+
+
+def test_sampling_follows_the_distribution():
+    p = np.array([0.5, 0.3, 0.15, 0.05])
+    near = {"atol": 0.03}
+    logits = np.log(p)
+    np.testing.assert_allclose(frequencies(logits, Sampling()), p, **near)
+    hot = p**0.5 / (p**0.5).sum()
+    np.testing.assert_allclose(frequencies(logits, Sampling(temperature=2.0)), hot, **near)
+    top_2 = np.array([0.5, 0.3, 0, 0]) / 0.8
+    np.testing.assert_allclose(frequencies(logits, Sampling(top_k=2)), top_2, **near)
+    # The smallest set that reaches 0.81 has three tokens, that which reaches 0.79 two.
+    top_3 = np.array([0.5, 0.3, 0.15, 0]) / 0.95
+    np.testing.assert_allclose(frequencies(logits, Sampling(top_p=0.81)), top_3, **near)
+    np.testing.assert_allclose(frequencies(logits, Sampling(top_p=0.79)), top_2, **near)
+    np.testing.assert_allclose(frequencies(logits, Sampling(top_p=0.01)), [1, 0, 0, 0])
+    np.testing.assert_allclose(frequencies(logits, Sampling(top_k=9)), p, **near)
+    np.testing.assert_allclose(frequencies(logits, GREEDY), [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda *_: Sampling(temperature=-1), "temperature=-1"),
+        (lambda *_: Sampling(top_p=0), r"top_p=0: must be in \(0, 1\]"),
+        (lambda *_: Sampling(top_k=-1), "top_k=-1"),
+        (
+            lambda c, p: generate.generate(c, p, [[1], []], max_tokens=1, sampling=GREEDY),
+            "at least one token",
+        ),
+        (
+            lambda c, p: generate.generate(c, p, [[31]], max_tokens=1, sampling=GREEDY),
+            r"token ids in \[31, 31\]: must be in \[0, 31\)",
+        ),
+        (
+            lambda c, p: generate.generate(c, p, [[1]], max_tokens=0, sampling=GREEDY),
+            "max_tokens=0",
+        ),
+        (
+            lambda c, p: generate.prefill(
+                c, p, cache.empty_cache(c, 1, max_length=8), [[1]], piece=5
+            ),
+            r"piece=5: must be in \[1, 4\]",
+        ),
+    ],
+)
+def test_errors_name_the_value(call, message):
+    config, params = build("mamba")
+    with pytest.raises(ValueError, match=message):
+        call(config, params)

@@ -1,0 +1,523 @@
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from bmojo_jax import closing, metrics, optim, paths, presets, sharding, trainer
+from bmojo_jax.checkpoint import Checkpoints
+from bmojo_jax.config import MeshConfig, TrainConfig, to_dict
+from bmojo_jax.data import pipeline
+from tests.models import float64_params, packed_positions
+from tests.runs import TINY, records, tiny_run, write_documents
+from tests.tolerances import TOLERANCE, relative_rms
+
+FAMILIES = {
+    "transformer": "attention+mlp",
+    "mamba": "mamba",
+    "hybrid": "mamba,swa",
+    "bmojo_f": "bmojo_f",
+    "bmojo": "bmojo",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    """A run that is made again, as after a restart, need not be compiled again."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("documents")
+    write_documents(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """An uninterrupted run: its work directory and how it ended."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, trainer.train(_resumed_config(folder), workdir)
+
+
+def _resumed_config(folder) -> TrainConfig:
+    return tiny_run(folder, optim={"accumulate": 2, "warmup_steps": 2}, data={"batch_size": 16})
+
+
+def _batch(rows=8, length=12, seed=0):
+    """Packed documents; rows have from none to all of their targets."""
+    rng = np.random.default_rng(seed)
+    starts = [tuple(np.sort(rng.choice(np.arange(1, length), i % 3, False))) for i in range(rows)]
+    weights_BL = (np.arange(length)[None] < rng.integers(0, length + 1, (rows, 1))).astype("f")
+    return {
+        "inputs": rng.integers(0, 257, (rows, length)).astype(np.int32),
+        "targets": rng.integers(0, 257, (rows, length)).astype(np.int32),
+        "weights": weights_BL,
+        "positions": packed_positions(length, *starts),
+    }
+
+
+def _assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# The step.
+
+
+def test_accumulation_equals_one_big_batch(folder):
+    with jax.enable_x64(True):
+        model = dataclasses.replace(TINY, pattern="swa", compute_dtype="float64")
+        params = float64_params(model)
+        batch = jax.tree.map(jnp.asarray, _batch())
+        weight_B = np.asarray(batch["weights"]).sum(axis=1)
+        assert len(set(weight_B.reshape(2, 4).sum(axis=0))) > 1  # else a mean of means would do
+        results = {}
+        for pieces in (1, 4):
+            config = tiny_run(folder, model=model, optim={"accumulate": pieces}, z_loss=0.1)
+            # The new parameters are the old ones minus the gradient.
+            state = _state(params, optax.sgd(1.0))
+            step = jax.jit(lambda s, b, c=config: trainer.train_step(c, optax.sgd(1.0), s, b))
+            results[pieces] = step(state, batch)
+    (one, measured), (four, measured_4) = results[1], results[4]
+    for path, x in paths.flatten_paths(one.params).items():
+        assert x.dtype == np.float64
+        y = paths.flatten_paths(four.params)[path]
+        before = paths.flatten_paths(params)[path]
+        assert relative_rms(y - before, x - before) < TOLERANCE["float64"], path
+    for name in measured:
+        np.testing.assert_allclose(measured_4[name], measured[name], rtol=1e-6, err_msg=name)
+
+
+def _state(params, optimizer):
+    return trainer.TrainState(
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=jax.random.key_data(jax.random.key(0)),
+    )
+
+
+def _program(config, **mesh):
+    devices = None if mesh else jax.devices()[:1]
+    return trainer.make_program(config, sharding.make_mesh(MeshConfig(**mesh), devices))
+
+
+def _step(program, state, batch):
+    with jax.set_mesh(program.mesh):
+        state = jax.device_put(state, program.state_shardings)
+        return program.step(state, sharding.place_batch(batch, program.mesh))
+
+
+# A large eps makes an update proportional to the gradient, so that it is no less exact.
+_SMOOTH = {"learning_rate": 1.0, "warmup_steps": 0, "eps": 1.0}
+_MESHES = ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
+
+
+@functools.cache
+def _on_one_device(config):
+    program = _program(config)
+    state = jax.device_get(program.init())
+    return state, *jax.device_get(_step(program, state, _batch()))
+
+
+def _cases():
+    for family in FAMILIES:
+        for sizes in _MESHES:
+            # What is quick covers every mesh, every axis for every mixer.
+            quick = family == "bmojo" or (family in ("mamba", "transformer") and len(sizes) == 3)
+            marks = () if quick else pytest.mark.slow
+            name = "-".join(f"{axis}{size}" for axis, size in sizes.items())
+            yield pytest.param(family, sizes, marks=marks, id=f"{family}-{name}")
+
+
+@pytest.mark.parametrize(("family", "sizes"), list(_cases()))
+def test_eight_devices_equal_one(family, sizes, folder):
+    pattern = FAMILIES[family]
+    depth = len(pattern.split(","))
+    config = tiny_run(folder, model={"pattern": pattern, "depth": depth}, optim=_SMOOTH)
+    before, after, measured = _on_one_device(config)
+    after_8, measured_8 = jax.device_get(_step(_program(config, **sizes), before, _batch()))
+    np.testing.assert_allclose(measured_8["loss"], measured["loss"], rtol=1e-6)
+    for name in measured:
+        np.testing.assert_allclose(measured_8[name], measured[name], rtol=1e-5, err_msg=name)
+    before, after, after_8 = (paths.flatten_paths(x.params) for x in (before, after, after_8))
+    for path in after:
+        error = relative_rms(after_8[path] - before[path], after[path] - before[path])
+        assert error < 2 * TOLERANCE["float32"], (path, error)
+
+
+@pytest.mark.parametrize("sizes", _MESHES[1:])
+def test_state_is_born_sharded_and_donated(sizes, folder):
+    config = tiny_run(folder)
+    program = _program(config, **sizes)
+    with jax.set_mesh(program.mesh):
+        state = program.init()
+    _assert_same(jax.device_get(state), jax.device_get(_program(config).init()))
+    cut = 0
+    for path, leaf in paths.flatten_paths(state).items():
+        assert leaf.sharding == paths.flatten_paths(program.state_shardings)[path]
+        if leaf.ndim > 2 and "proj" in path:
+            cut += 1
+            assert leaf.addressable_shards[0].data.size < leaf.size, path
+    assert cut >= 3 * 8  # parameters and both moments
+    # What the program returns on a device is that device's shards.
+    with jax.set_mesh(program.mesh):
+        memory = program.init.lower().compile().memory_analysis()
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        assert memory.output_size_in_bytes < 0.6 * whole
+        state = program.init()  # one that nothing else refers to
+        after, _ = program.step(state, sharding.place_batch(_batch(), program.mesh))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    _assert_same(
+        jax.tree.map(lambda x: x.sharding, after),
+        jax.tree.map(lambda x: x, program.state_shardings),
+    )
+
+
+def test_metrics_of_a_step(folder):
+    config = tiny_run(folder, steps=50, optim={"warmup_steps": 10})
+    program = _program(config)
+    batch = _batch()
+    before = jax.device_get(program.init())
+    after, measured = jax.device_get(_step(program, before, batch))
+    assert measured["targets"] == batch["weights"].sum()
+    num_bytes = (batch["weights"] * (batch["targets"] != 256)).sum()
+    nats = measured["loss"] * measured["targets"]
+    assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert measured["learning_rate"] == pytest.approx(config.optim.learning_rate / 10)
+    update = jax.tree.map(np.subtract, after.params, before.params)
+    assert measured["update_norm"] == pytest.approx(float(optax.tree.norm(update)), rel=1e-3)
+    assert measured["param_norm"] == pytest.approx(float(optax.tree.norm(before.params)), rel=1e-5)
+    sums = jax.jit(jax.value_and_grad(lambda p, b: trainer.loss_sums(config, p, b), has_aux=True))
+    (loss, _), grads = sums(before.params, batch)
+    assert measured["loss"] == pytest.approx(float(loss) / measured["targets"], rel=1e-5)
+    grad_norm = float(optax.tree.norm(grads)) / measured["targets"]
+    assert measured["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+    assert (measured["finite"], measured["skipped"]) == (1, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tiny_preset_learns(family, folder):
+    model = presets.model(family, "tiny", vocab_size=257)
+    config = tiny_run(
+        folder,
+        model=model,
+        data={"sequence_length": 160, "batch_size": 2},
+        optim={"learning_rate": 3e-3, "warmup_steps": 0},
+    )
+    program = _program(config)
+    batch = next(pipeline.train_iterator(config.data, 1, process_index=0, process_count=1))
+    state, losses = jax.device_get(program.init()), []
+    for _ in range(3):
+        state, measured = _step(program, state, batch)
+        losses.append(float(measured["loss"]))
+        assert measured["finite"]
+    # A fresh model knows nothing; the same batch again is learned.
+    assert abs(losses[0] - math.log(257)) < 0.5
+    assert losses[2] < losses[1] < losses[0] - 0.05
+
+
+# The run.
+
+
+def test_a_run_leaves_its_results(finished, folder):
+    workdir, outcome = finished
+    assert (outcome.step, outcome.interrupted) == (6, False)
+    train, validation = records(workdir), records(workdir, "validation")
+    assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
+    assert [record["tokens"] for record in train] == [16 * 16 * n for n in range(1, 7)]
+    assert [record["step"] for record in validation] == [3, 6]
+    wanted = {"loss", "bits_per_byte", "grad_norm", "param_norm", "update_norm", "learning_rate"}
+    assert wanted <= set(train[0])
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert "tokens_per_second" in lines[-2] and "mfu" not in lines[-2]
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(
+        json.dumps(to_dict(_resumed_config(folder)))
+    )
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "loss.png", "checkpoints"}
+    assert outcome.validation.loss == validation[-1]["loss"]
+    with Checkpoints(workdir / "checkpoints", keep_last=2, keep_best=1, mode="read") as saved:
+        assert saved.latest_step() == 6
+        assert saved.best_step() == min(validation, key=lambda record: record["loss"])["step"]
+
+
+class _Crash(Exception):
+    pass
+
+
+def _fail_at(monkeypatch, step, what):
+    """Lets `what` happen once, after update `step` has been handed to the reporter."""
+    original = metrics.Reporter.train
+
+    def train(self, now, measured):
+        result = original(self, now, measured)
+        if now == step:
+            monkeypatch.setattr(metrics.Reporter, "train", original)
+            what()
+        return result
+
+    monkeypatch.setattr(metrics.Reporter, "train", train)
+
+
+def _crash():
+    raise _Crash
+
+
+def _threads():
+    return [t for t in threading.enumerate() if t.name.startswith("grain-thread-prefetch")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_continues_exactly(
+    number, finished, folder, tmp_path, monkeypatch, capsys
+):
+    config = _resumed_config(folder)
+    before = signal.getsignal(number)
+    _fail_at(monkeypatch, 4, lambda: os.kill(os.getpid(), number))
+    outcome = trainer.train(config, tmp_path)
+    assert (outcome.step, outcome.interrupted) == (4, True)
+    assert signal.getsignal(number) is before
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    closing.report(config, outcome, tmp_path)
+    assert "stopped after step 4; the same command continues" in capsys.readouterr().out
+    assert not _threads()
+    _assert_continues(finished, config, tmp_path)
+
+
+def test_a_crash_costs_the_steps_since_the_last_checkpoint(finished, folder, tmp_path, monkeypatch):
+    config = _resumed_config(folder)
+    _fail_at(monkeypatch, 5, _crash)
+    with pytest.raises(_Crash):
+        trainer.train(config, tmp_path)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5]
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert not _threads()
+    _assert_continues(finished, config, tmp_path)
+
+
+def _assert_continues(finished, config, workdir):
+    wanted_dir, wanted = finished
+    outcome = trainer.train(config, workdir)
+    assert (outcome.step, outcome.interrupted) == (6, False)
+    assert records(workdir) == records(wanted_dir)
+    assert records(workdir, "validation") == records(wanted_dir, "validation")
+    _assert_same(outcome.params, wanted.params)
+
+
+def test_a_finished_run_is_left_as_it_is(finished, folder):
+    workdir, wanted = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    checkpoints = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    outcome = trainer.train(_resumed_config(folder), workdir)
+    assert (outcome.step, outcome.interrupted) == (6, False)
+    assert outcome.validation.metrics() == wanted.validation.metrics()
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == checkpoints
+    _assert_same(outcome.params, wanted.params)
+
+
+def test_a_second_ctrl_c_interrupts():
+    with pytest.raises(KeyboardInterrupt), trainer.stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+    with trainer.stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"window": 6}}, r"model\.window=6: must be 5, .*another work directory"),
+        ({"data": {"sequence_length": 32}}, r"data\.sequence_length=32: must be 16"),
+        ({"data": {"seed": 1}}, r"data\.seed=1: must be 0"),
+        ({"steps": 5, "optim": {"warmup_steps": 1}}, r"steps=5: must be at least 6"),
+    ],
+)
+def test_a_run_is_not_continued_as_another(changes, message, finished, folder):
+    config = _resumed_config(folder)
+    with pytest.raises(ValueError, match=message):
+        trainer.check_continuation(
+            to_dict(config),
+            6,
+            dataclasses.replace(
+                config,
+                **{
+                    k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v
+                    for k, v in changes.items()
+                },
+            ),
+        )
+
+
+def test_what_a_continuation_may_change(folder):
+    before = to_dict(tiny_run(folder))
+    now = tiny_run(
+        folder,
+        steps=60,
+        optim={"learning_rate": 1.0, "accumulate": 2},
+        model={"remat": "full", "compute_dtype": "bfloat16"},
+        data={"workers": 1},
+        mesh={"fsdp": 2},
+    )
+    trainer.check_continuation(json.loads(json.dumps(before)), 6, now)
+
+
+def test_another_model_is_refused_before_anything_is_written(finished, folder):
+    workdir, _ = finished
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    config = dataclasses.replace(
+        _resumed_config(folder), model=dataclasses.replace(TINY, eidetic_positions="none")
+    )
+    with pytest.raises(trainer.SettingsError, match=r"model\.eidetic_positions='none'"):
+        trainer.train(config, workdir)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": {"data": 3}}, r"mesh\.data=3.*number of devices, 8"),
+        ({"data": {"batch_size": 4}}, r"data\.batch_size .*=4 must be a multiple .*=8"),
+        ({"mesh": {"data": 4, "tensor": 2}, "model": {"num_heads": 3, "num_kv_heads": 1}}, "heads"),
+        ({"model": {"vocab_size": 256}}, r"model\.vocab_size=256: must be at least 257"),
+        ({"model": {"scan_implementation": "cuda"}}, r"model\.scan_implementation='cuda'.*'xla'"),
+        ({"data": {"path": "/no/such/folder"}}, r"data\.path='/no/such/folder': must be"),
+        ({"data": {"include": "*.nothing"}}, r"data\.include='\*\.nothing'"),
+        (
+            {"optim": {"schedule": "warmup_stable_decay", "decay_fraction": 0.9}},
+            r"optim\.decay_fraction=0\.9 must be at most 0\.6",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_leave_no_files(changes, message, folder, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(trainer.SettingsError, match=message):
+        trainer.train(tiny_run(folder, **changes), workdir)
+    assert not workdir.exists()
+
+
+def test_the_work_directory_must_be_one(folder, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(trainer.SettingsError, match=r"workdir=.*/file/run'.*/file must be a dir"):
+        trainer.train(tiny_run(folder), tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+# Losses that are not finite.
+
+
+def _poison(monkeypatch, is_bad):
+    """The loss is NaN for what `is_bad(batch)` says."""
+    original = trainer.loss_sums
+
+    def loss_sums(config, params, batch):
+        loss, parts = original(config, params, batch)
+        factor = jnp.where(is_bad(batch), jnp.nan, 1.0)
+        return loss * factor, parts._replace(nll=parts.nll * factor)
+
+    monkeypatch.setattr(trainer, "loss_sums", loss_sums)
+
+
+def test_a_skipped_update_changes_nothing(monkeypatch, folder):
+    config = tiny_run(folder, non_finite="skip", optim={"accumulate": 2})
+    good = _batch()
+    good["targets"][good["targets"] == 1] = 2
+    bad = good | {"targets": good["targets"].copy()}
+    bad["targets"][3, 4] = 1
+    _poison(monkeypatch, lambda batch: (batch["targets"] == 1).any())
+    program = _program(config)
+    state, _ = jax.device_get(_step(program, program.init(), good))
+    after, measured = jax.device_get(_step(program, state, bad))
+    assert np.isnan(measured["loss"]) and not measured["finite"]
+    assert (after.step, after.skipped, measured["skipped"]) == (2, 1, 1)
+    _assert_same((after.params, after.opt_state), (state.params, state.opt_state))
+    # As if the bad batch had not been there, but for the count; the rate is the next one's.
+    then, measured = jax.device_get(_step(program, after, good))
+    directly, wanted = jax.device_get(_step(program, state, good))
+    _assert_same(then.params, directly.params)
+    assert measured["learning_rate"] == wanted["learning_rate"]
+    schedule = optim.make_schedule(config.optim, config.steps)
+    assert measured["learning_rate"] == pytest.approx(float(schedule(1)))
+
+
+@pytest.fixture
+def bad_fourth_batch(monkeypatch, folder):
+    config = tiny_run(folder)
+    batches = pipeline.train_iterator(
+        config.data, config.model.chunk, process_index=0, process_count=1
+    )
+    sums = [int(next(batches)["inputs"].sum()) for _ in range(6)]
+    batches.close()
+    assert len(set(sums)) == 6
+    _poison(monkeypatch, lambda batch: batch["inputs"].sum() == sums[3])
+
+
+def test_non_finite_losses_are_skipped_and_counted(bad_fourth_batch, folder, tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        outcome = trainer.train(tiny_run(folder, non_finite="skip"), tmp_path)
+    train = records(tmp_path)
+    assert [record["step"] for record in train if record["loss"] is None] == [4]
+    assert [record["finite"] for record in train] == [1, 1, 1, 0, 1, 1]
+    assert [record["skipped"] for record in train] == [0, 0, 0, 1, 1, 1]
+    assert (outcome.step, outcome.interrupted) == (6, False)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(outcome.params)))
+    messages = [r.getMessage() for r in caplog.records if "NaN or Inf" not in r.getMessage()]
+    assert len(messages) == 1
+    assert re.match(r"step 4: loss nan, .* update skipped, 1 so far", messages[0])
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 3, 6])
+def test_a_non_finite_loss_stops_with_a_report(
+    checkpoint_every, bad_fourth_batch, folder, tmp_path
+):
+    config = tiny_run(folder, checkpoint_every=checkpoint_every, log_every=6, eval_every=6)
+    with pytest.raises(trainer.NonFiniteError) as raised:
+        trainer.train(config, tmp_path)
+    message = str(raised.value)
+    assert re.match(r"step 4: loss nan, gradient norm nan, learning rate 0\.0005\d*\. ", message)
+    assert (tmp_path / "loss.png").exists()
+    with Checkpoints(tmp_path / "checkpoints", keep_last=2, keep_best=1, mode="read") as saved:
+        if checkpoint_every == 6:
+            assert "No checkpoint had been saved" in message
+            assert saved.latest_step() is None
+            return
+        kept = f"The last good checkpoint, step 3, is kept in {tmp_path / 'checkpoints'}"
+        assert kept in message
+        assert saved.latest_step() == 3
+        program = trainer.make_program(config, sharding.make_mesh(config.mesh))
+        state, _ = saved.restore(program.abstract_state)
+    assert state.step == 3 and state.skipped == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state)))
+
+
+def test_a_huge_learning_rate_stops_the_run(folder, tmp_path):
+    config = tiny_run(folder, optim={"learning_rate": 1e38, "warmup_steps": 0})
+    with pytest.raises(trainer.NonFiniteError, match=r"step 2: .* rate 7\.75e\+37.*lower optim\."):
+        trainer.train(config, tmp_path)
