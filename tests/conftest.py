@@ -1,6 +1,7 @@
 """Test-run settings: 8 CPU devices, strict broadcasting, annotations of shapes checked."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -21,6 +22,7 @@ import tests.typechecker  # noqa: F401  (the hook takes it by name and does not 
 install_import_hook(["bmojo_jax", "pallas_kernels"], "tests.typechecker.check")
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -30,3 +32,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def annotations_off() -> Iterator[None]:
+    """Lets a wrong value reach the library's own checks, past those of the annotations."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -68,6 +68,7 @@ def test_every_field_can_be_overridden():
         ({"compare_with": "zlib_and_bigram"}, r"eval_batches=16: must be 0"),
     ],
 )
+@pytest.mark.usefixtures("annotations_off")
 def test_errors_name_field_value_and_what_would_be_valid(values, message):
     with pytest.raises(ValueError, match=message):
         config.from_dict(TrainConfig, values)

@@ -11,6 +11,8 @@ from bmojo_jax import cache, layers, model
 from tests.models import FAMILIES, float64_params, packed_positions, small_config
 
 LENGTH = 40
+# One compilation instead of one for each primitive.
+hidden_states = jax.jit(model.hidden_states, static_argnums=0)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def test_whole_pass_equals_decoding(rng, family, sizes):
     params = float64_params(config)
     tokens_BL = tokens(rng)
     positions_BL = jnp.asarray(packed_positions(LENGTH, (13, 15), (22, 30)))
-    want = model.hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
+    want = hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
     got = decode(config, params, tokens_BL, positions_BL, sizes)
     np.testing.assert_allclose(got, want, atol=1e-12)
 
@@ -84,8 +86,8 @@ def test_documents_are_isolated(rng, family):
     tokens_BL = tokens(rng, batch=1)
     start = 2 * config.chunk
     positions_BL = jnp.asarray(packed_positions(LENGTH, (start,)))
-    packed = model.hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
-    alone = model.hidden_states(config, params, tokens_BL[:, start:])
+    packed = hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
+    alone = hidden_states(config, params, tokens_BL[:, start:])
     np.testing.assert_allclose(packed[:, start:], alone, atol=1e-12)
 
 
@@ -98,7 +100,7 @@ def test_results_depend_on_an_offset_modulo_the_chunk_only(rng, family):
     def after(offset):
         tokens_BL = jnp.concatenate([tokens(rng, batch=1, length=offset), tail_BL], axis=1)
         positions_BL = jnp.asarray(packed_positions(offset + 24, (offset,)))
-        whole = model.hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
+        whole = hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
         return whole[:, offset:]
 
     np.testing.assert_allclose(after(3), after(3 + 2 * config.chunk), atol=1e-12)
@@ -109,8 +111,8 @@ def test_padding_at_the_end_changes_nothing(rng, family):
     config = small_config(**FAMILIES[family])
     params = float64_params(config)
     tokens_BL = tokens(rng)
-    whole = model.hidden_states(config, params, tokens_BL)
-    short = model.hidden_states(config, params, tokens_BL[:, :17])
+    whole = hidden_states(config, params, tokens_BL)
+    short = hidden_states(config, params, tokens_BL[:, :17])
     np.testing.assert_allclose(whole[:, :17], short, atol=1e-12)
 
 
@@ -132,7 +134,7 @@ def test_rows_of_different_lengths_decode_as_if_alone(rng, family):
             rows[row].append(x_BLD[row, :length])
         used += np.array(lengths)
     np.testing.assert_array_equal(state.time_B, used)
-    want = model.hidden_states(config, params, tokens_BL)
+    want = hidden_states(config, params, tokens_BL)
     for row in range(3):
         got = jnp.concatenate(rows[row])
         np.testing.assert_allclose(got, want[row, : used[row]], atol=1e-12)
@@ -202,9 +204,9 @@ def test_no_memory_is_bmojo_f(rng):
     config = small_config(pattern="bmojo", eidetic_tokens=0)
     params = float64_params(config)
     tokens_BL = tokens(rng)
-    want = model.hidden_states(config, params, tokens_BL)
+    want = hidden_states(config, params, tokens_BL)
     fading_only = dataclasses.replace(config, pattern="bmojo_f")
-    np.testing.assert_array_equal(model.hidden_states(fading_only, params, tokens_BL), want)
+    np.testing.assert_array_equal(hidden_states(fading_only, params, tokens_BL), want)
 
 
 def test_eidetic_gate_moves_attention_and_gives_the_innovation_a_gradient(rng):
@@ -215,7 +217,7 @@ def test_eidetic_gate_moves_attention_and_gives_the_innovation_a_gradient(rng):
     def loss(gate):
         changed = jax.tree.map(lambda p: p, params)
         changed["groups"]["0"]["mixer"]["attention"]["eidetic_gate"] = gate
-        return jnp.sum(jnp.sin(model.hidden_states(config, changed, tokens_BL)))
+        return jnp.sum(jnp.sin(hidden_states(config, changed, tokens_BL)))
 
     gate = params["groups"]["0"]["mixer"]["attention"]["eidetic_gate"]
     slope = jax.grad(loss)(gate)
@@ -233,7 +235,7 @@ def test_rematerialisation_changes_no_gradient(rng, remat):
 
     def gradient(remat):
         changed = dataclasses.replace(config, remat=remat)
-        run = lambda p: jnp.sum(jnp.sin(model.hidden_states(changed, p, tokens_BL)))  # noqa: E731
+        run = lambda p: jnp.sum(jnp.sin(hidden_states(changed, p, tokens_BL)))  # noqa: E731
         return jax.jit(jax.grad(run))(params)
 
     jax.tree.map(
@@ -261,10 +263,10 @@ def test_bfloat16_keeps_the_parts_that_need_it_in_float32(rng):
     params = model.init_params(config, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     tokens_BL = tokens(rng)
-    low = model.hidden_states(config, params, tokens_BL)
+    low = hidden_states(config, params, tokens_BL)
     assert low.dtype == jnp.bfloat16
     exact = dataclasses.replace(config, compute_dtype="float32")
-    high = model.hidden_states(exact, params, tokens_BL)
+    high = hidden_states(exact, params, tokens_BL)
     error = jnp.linalg.norm(low.astype(jnp.float32) - high) / jnp.linalg.norm(high)
     assert 1e-5 < error < 0.05
     logits = model.bind(config, params).logits(low)

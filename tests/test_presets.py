@@ -91,6 +91,7 @@ def test_paper_presets_have_none_of_our_additions():
     assert bmojo.ssm_norm and bmojo.fading_norm and bmojo.qk_norm and bmojo.ssm_residual
 
 
+@pytest.mark.usefixtures("annotations_off")
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="size='2b': must be one of"):
         presets.model("bmojo", "2b")

@@ -299,6 +299,7 @@ def test_a_signal_saves_and_the_run_continues_exactly(
     _fail_at(monkeypatch, 4, lambda: os.kill(os.getpid(), number))
     outcome = trainer.train(config, tmp_path)
     assert (outcome.step, outcome.interrupted) == (4, True)
+    assert (tmp_path / "checkpoints" / "4").is_dir()
     assert signal.getsignal(number) is before
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
     assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -1,11 +1,9 @@
 """Attention over three memories: implementations against the reference, and what must hold."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -395,14 +393,6 @@ def test_memory_grows_linearly(full: bool) -> None:
     assert twice <= (2 * L) ** 2 * H * 4 / 10
 
 
-@pytest.fixture
-def no_annotations() -> Iterator[None]:
-    """Without the test run's check of annotations: the library's own errors are looked at."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 BAD = {
     "window": ({"window": 0}, "window=0"),
     "fading_window": ({"fading_window": -2}, "fading_window=-2"),
@@ -431,7 +421,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-@pytest.mark.usefixtures("no_annotations")
+@pytest.mark.usefixtures("annotations_off")
 def test_errors_name_the_values(rng: np.random.Generator, case: str) -> None:
     change, message = BAD[case]
     floats, options = draw(rng, SHAPE)

@@ -1,12 +1,11 @@
 """The selective scan: every implementation against the reference, and what must hold of all."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -292,14 +291,6 @@ def test_memory_is_linear_and_small(backend: str) -> None:
     assert twice <= 2.2 * once
     all_states = 4 * shape.B * shape.L * shape.E * shape.N
     assert once < 0.5 * all_states
-
-
-@pytest.fixture
-def annotations_off() -> Iterator[None]:
-    """Lets a wrong shape reach our own checks, past the test run's annotation checks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("annotations_off")

@@ -1,0 +1,44 @@
+"""Any preset as a byte-level language model on a folder of text.
+
+    python train.py --config configs/lm.py:bmojo,130m --workdir runs/bmojo-130m \\
+        --config.data.path=DIR
+
+Purpose: comparisons at equal size. `:FAMILY,SIZE` names a preset of `bmojo_jax/presets.py`; the
+vocabulary is that of bytes, so a model has fewer parameters than the size's name says. Settings
+after the GPT-3 table (arXiv 2005.14165, table 2.1) for the peak rate by size.
+
+Hardware: one accelerator of 80 GB up to 790m. All devices are used, batch and parameters cut over
+them by `--config.mesh.*`.
+"""
+
+import dataclasses
+
+from bmojo_jax import presets
+from bmojo_jax.config import DataConfig, OptimConfig, TrainConfig, to_config_dict
+
+PEAK_RATES = {
+    "tiny": 2e-3,
+    "30m": 1e-3,
+    "130m": 6e-4,
+    "370m": 3e-4,
+    "790m": 2.5e-4,
+    "1_4b": 2e-4,
+    "3b": 1.6e-4,
+}
+
+
+def get_config(preset: str = "bmojo,130m"):
+    family, _, size = preset.partition(",")
+    model = presets.model(family, size, vocab_size=257)  # pyrefly: ignore[bad-argument-type]
+    return to_config_dict(
+        TrainConfig(
+            model=dataclasses.replace(model, compute_dtype="bfloat16", remat="dots"),
+            optim=OptimConfig(learning_rate=PEAK_RATES[size], warmup_steps=500),
+            data=DataConfig(sequence_length=2048, batch_size=64),
+            steps=10_000,
+            eval_every=500,
+            eval_batches=32,
+            checkpoint_every=500,
+            sample_tokens=400,
+        )
+    )
