@@ -15,10 +15,10 @@ quickstart: install
 	$(VENV) train.py --config configs/quickstart.py --workdir $(WORKDIR) $(ARGS)
 
 test: install-dev
-	$(VENV) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(VENV) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: install-dev
-	$(VENV) -m pytest -n 2 --dist loadfile -m "slow and not gpu"
+	$(VENV) -m pytest -n 2 --dist loadfile -m slow
 
 check: install-dev
 	$(VENV) -m ruff format --check .

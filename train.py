@@ -1,36 +1,26 @@
 """Trains a model: `python train.py --config configs/quickstart.py --workdir DIR`.
 
 Any setting can be changed on the command line (`--config.model.window=128`). A work directory that
-holds a checkpoint is continued. SIGTERM or Ctrl-C saves a checkpoint and exits cleanly.
+holds a checkpoint is continued. SIGTERM or Ctrl-C saves a checkpoint and exits cleanly. On several
+hosts, the same command with `--distributed` runs on each, with a work directory that all share.
 """
 
-import logging as python_logging
 import pathlib
 import re
-import sys
-from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bmojo_jax import closing, config, trainer
+from bmojo_jax import closing, config, console, trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The settings of the run.")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints, logs and figures go.", required=True
-)
-
-
-def _is_ours(record: python_logging.LogRecord) -> bool:
-    """Libraries log through absl too; their warnings stay."""
-    ours = ("train.py", "bmojo_jax", "pallas_kernels")
-    return record.levelno >= python_logging.WARNING or any(x in record.pathname for x in ours)
-
-
-def _exit(error: Exception) -> NoReturn:
-    """What is the user's to correct is said in one line; ml_collections puts a traceback before."""
-    sys.exit(f"train.py: {str(error).strip().splitlines()[-1].strip()}")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of the processes of a run.")
+# For clusters that JAX does not detect by their environment.
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this one is.", lower_bound=0)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
@@ -40,24 +30,25 @@ def _parse_flags(arguments: list[str]) -> list[str]:
                 config.check_name(override[1])
         return flags.FLAGS(arguments)
     except (flags.Error, OSError, ValueError) as error:
-        _exit(error)
+        console.fail(error)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_logger().addFilter(_is_ours)
+    console.show_own_messages()
     workdir = pathlib.Path(_WORKDIR.value)
+    process = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
         settings = config.from_config_dict(_CONFIG.value)
-    except (OSError, ValueError) as error:
-        _exit(error)
-    logging.info("%d %s device(s)", jax.device_count(), jax.devices()[0].device_kind)
-    try:
+        if _DISTRIBUTED.value:  # before anything asks for devices
+            jax.distributed.initialize(*process)
+        elif process != (None, None, None):
+            raise ValueError("--coordinator, --num_processes and --process_id need --distributed")
+        logging.info("%d %s device(s)", jax.device_count(), jax.devices()[0].device_kind)
         outcome = trainer.train(settings, workdir)
-    except (trainer.SettingsError, trainer.NonFiniteError) as error:
-        _exit(error)
+    except (OSError, trainer.SettingsError, trainer.NonFiniteError) as error:
+        console.fail(error)
     closing.report(settings, outcome, workdir)
 
 

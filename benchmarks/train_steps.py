@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -30,6 +31,7 @@ _FAMILIES = flags.DEFINE_list("families", list(presets.PATTERNS), "Families of t
 _STEPS = flags.DEFINE_integer("steps", 20, "Updates of each model.", lower_bound=3)
 _LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Rows of a batch.")
+_COMMIT = flags.DEFINE_string("commit", "", "Of the code that runs, for the record.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype.")
 
 
@@ -97,6 +99,8 @@ def main(argv: list[str]) -> None:
             flush=True,
         )
         result = {
+            "command": " ".join(["python -m benchmarks.train_steps", *sys.argv[1:]]),
+            "commit": _COMMIT.value,
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "dtype": _DTYPE.value,

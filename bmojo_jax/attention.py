@@ -330,8 +330,14 @@ class Attention(nnx.Module):
         batch, num_chunks, size = index_BZM.shape
         flat = index_BZM.reshape(batch, num_chunks * size)
         heads = (batch, num_chunks, size, *k_BLGK.shape[2:])
-        eidetic_k = jnp.take_along_axis(k_BLGK, flat[:, :, None, None], axis=1).reshape(heads)
-        eidetic_v = jnp.take_along_axis(v_BLGK, flat[:, :, None, None], axis=1).reshape(heads)
+
+        def gather(x_BLGK: Array) -> Array:
+            # In float32: the gradient sums over every chunk that keeps the token.
+            wide = x_BLGK.astype(at_least_float32(x_BLGK.dtype))
+            taken = jnp.take_along_axis(wide, flat[:, :, None, None], axis=1)
+            return taken.reshape(heads).astype(x_BLGK.dtype)
+
+        eidetic_k, eidetic_v = gather(k_BLGK), gather(v_BLGK)
         if config.eidetic_positions == "slot":
             slots = memory.slot_positions(
                 positions_BL[:, :: config.chunk],

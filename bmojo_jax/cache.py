@@ -133,6 +133,18 @@ def _state_dtype(config: ModelConfig) -> jnp.dtype:
     return at_least_float32(config.compute_dtype)
 
 
+def check_room(config: ModelConfig, cache: Cache, longest: int) -> None:
+    """Raises ValueError if full attention cannot hold `longest` tokens in a row."""
+    for block, layer in zip(config.blocks, cache.groups, strict=True):
+        if block.mixer == "attention":
+            assert isinstance(layer, AttentionCache)
+            room = layer.window.k_BRGK.shape[2]  # behind the axes of groups and rows
+            if longest > room:
+                raise ValueError(
+                    f"a row of {longest} tokens: the cache was made for max_length={room}"
+                )
+
+
 def _ring(config: ModelConfig, batch: int, capacity: int) -> KeyRing:
     shape = (batch, capacity, config.num_kv_heads, config.head_width)
     return KeyRing(*(jnp.zeros(shape, config.compute_dtype) for _ in range(2)))

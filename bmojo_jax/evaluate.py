@@ -31,7 +31,7 @@ from matplotlib.ticker import MaxNLocator
 from bmojo_jax import losses, model, sharding
 from bmojo_jax.checkpoint import Trained
 from bmojo_jax.config import MeshConfig, TrainConfig
-from bmojo_jax.data import pipeline, tokenizers
+from bmojo_jax.data import pipeline, sources, tokenizers
 from bmojo_jax.metrics import bits_per_byte
 
 
@@ -90,6 +90,7 @@ def make_validator(config: TrainConfig, mesh: Mesh) -> Callable[[model.Params], 
     """A function from parameters to their loss on the validation split, `eval_batches` of it."""
     token_bytes_V = tokenizers.make_tokenizer(config.data.tokenizer).token_bytes_V()
     length = config.data.sequence_length
+    source = sources.open_source(config.data, "validation")
 
     def sums(params: model.Params, batch: dict[str, Array]) -> _Sums:
         x_BLD = model.hidden_states(
@@ -114,6 +115,7 @@ def make_validator(config: TrainConfig, mesh: Mesh) -> Callable[[model.Params], 
 
     def validate(params: model.Params) -> Validation:
         batches = pipeline.validation_batches(
+            source,
             config.data,
             config.model.chunk,
             process_index=jax.process_index(),
@@ -235,6 +237,7 @@ def memory_suite(trained: Trained, *, batches: int = 8) -> dict[str, Any]:
     totals = [dict.fromkeys((key for key, _, _ in _MEMORY), (0.0, 0.0)) for _ in layers]
     with jax.set_mesh(mesh):
         for batch in pipeline.validation_batches(
+            sources.open_source(data, "validation"),
             data,
             config.model.chunk,
             process_index=jax.process_index(),

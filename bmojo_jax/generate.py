@@ -18,7 +18,7 @@ from absl import app, flags
 from jaxtyping import Array, Float, Int
 
 from bmojo_jax import checkpoint, model
-from bmojo_jax.cache import Cache, empty_cache, longest_piece
+from bmojo_jax.cache import Cache, check_room, empty_cache, longest_piece
 from bmojo_jax.config import ModelConfig
 from bmojo_jax.data import tokenizers
 from bmojo_jax.model import Params
@@ -31,6 +31,7 @@ class Sampling:
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: no limit
     top_p: float = 1.0
+    num_words: int | None = None  # ids from here on, padding of the vocabulary, are never drawn
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -39,10 +40,15 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k}: must be >= 0 (0: no limit)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be in (0, 1]")
+        if self.num_words is not None and self.num_words < 1:
+            raise ValueError(f"num_words={self.num_words}: must be >= 1 (None: all)")
 
 
 def sample(logits_BV: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, " B"]:
     """Draws one token for each row."""
+    if sampling.num_words is not None:
+        word_1V = jnp.arange(logits_BV.shape[1])[None, :]
+        logits_BV = jnp.where(word_1V < sampling.num_words, logits_BV, -jnp.inf)
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / sampling.temperature
@@ -93,7 +99,7 @@ def prefill(
     """Feeds prompts of any lengths, in pieces.
 
     Args:
-      cache: continued where it stands; it is donated.
+      cache: continued where it stands; it is donated. Full attention needs room for the prompts.
       piece: tokens of a piece, at most `longest_piece(config)`, which is the default. The result
         does not depend on it.
 
@@ -116,6 +122,7 @@ def prefill(
         raise ValueError(
             f"token ids in [{tokens.min()}, {tokens.max()}]: must be in [0, {config.vocab_size})"
         )
+    check_room(config, cache, int((np.asarray(cache.time_B) + lengths).max()))
     logits_BV = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
     for first in range(0, tokens.shape[1], piece):
         length_B = np.clip(lengths - first, 0, piece)
@@ -200,7 +207,7 @@ def main(argv: list[str]) -> None:
     decoder = tokenizers.StreamingDecoder(tokenizer)
     prompt = [tokenizer.boundary_id, *tokenizer.encode(values.prompt).tolist()]
     print(values.prompt, end="", flush=True)
-    for (token,) in stream(
+    for tokens in stream(
         trained.config.model,
         trained.params,
         [prompt],
@@ -209,7 +216,8 @@ def main(argv: list[str]) -> None:
         stop_ids=[tokenizer.boundary_id],
         seed=values.seed,
     ):
-        print(decoder.push([token]), end="", flush=True)
+        text = decoder.push([token for token in tokens if token is not None])
+        print(text, end="", flush=True)
     print(decoder.finish())
 
 

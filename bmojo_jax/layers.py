@@ -1,8 +1,8 @@
 """Stateless bricks: RMS norm, SwiGLU MLP, causal convolution, rotary positions, linear maps.
 
 Each brick is a pure function of arrays, and a thin NNX module where it has parameters.
-Parameters are float32; matrix products run in the compute dtype with float32 accumulation;
-norms and rotary angles are float32. "float32" here means at least that: float64 inputs stay.
+Parameters are float32; matrix products run in the compute dtype; norms and rotary angles are
+float32. "float32" here means at least that: float64 inputs stay.
 
 Sources: RMSNorm arXiv 1910.07467; SwiGLU arXiv 2002.05202; rotary positions arXiv 2104.09864.
 """

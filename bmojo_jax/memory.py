@@ -119,9 +119,7 @@ def select(
     lag = window + chunk - 1
     time_ZC = jnp.arange(num_chunks * chunk).reshape(num_chunks, chunk) - lag
     padded_BL = jnp.pad(e_BL, ((0, 0), (lag, 0)), constant_values=-jnp.inf)
-    e_BZC = padded_BL[:, : num_chunks * chunk]
-    missing = num_chunks * chunk - e_BZC.shape[1]
-    e_BZC = jnp.pad(e_BZC, ((0, 0), (0, missing))).reshape(batch, num_chunks, chunk)
+    e_BZC = padded_BL[:, : num_chunks * chunk].reshape(batch, num_chunks, chunk)
     start_BZ = start_BL[:, ::chunk]
     open_BZC = time_ZC[None] >= jnp.maximum(start_BZ, 0)[:, :, None]
     value_BZM, index_BZM = keep_largest(jnp.where(open_BZC, e_BZC, -jnp.inf), size)

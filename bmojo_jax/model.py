@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from bmojo_jax.attention import Attention
 from bmojo_jax.bmojo import Bmojo
-from bmojo_jax.cache import Cache, Piece
+from bmojo_jax.cache import Cache, Piece, longest_piece
 from bmojo_jax.config import BlockSpec, ModelConfig
 from bmojo_jax.layers import (
     Documents,
@@ -165,9 +165,18 @@ class LanguageModel(nnx.Module):
         """Continues every row by its first length_B tokens (None: all of them).
 
         Returns hidden states after the last norm (beyond a row's length they mean nothing) and the
-        cache. `positions_BL` None: the row's document goes on.
+        cache. `positions_BL` None: the row's document goes on. Rows with full attention must stay
+        within the `max_length` of their cache.
+
+        Raises:
+          ValueError: the piece is longer than `longest_piece(config)`.
         """
         batch, length = tokens_BL.shape
+        if length > longest_piece(self.config):
+            raise ValueError(
+                f"{length=} tokens: a piece must have at most {longest_piece(self.config)} "
+                f"(model.chunk={self.config.chunk})"
+            )
         if length_B is None:
             length_B = jnp.full((batch,), length, jnp.int32)
         if positions_BL is None:
@@ -200,7 +209,8 @@ class LanguageModel(nnx.Module):
         return self.head.kernel[...].T
 
     def _embed(self, tokens_BL):
-        x_BLD = self.embedding.table[...].astype(self.config.compute_dtype)[tokens_BL]
+        # Gathered before it is rounded: the gradient sums the uses of a token, in float32.
+        x_BLD = self.embedding.table[...][tokens_BL].astype(self.config.compute_dtype)
         return constrain(x_BLD, ("data", "fsdp"), None, None)
 
 

@@ -113,7 +113,7 @@ def model(
 
     Args:
       vocab_size: V; the embedding is tied to the head.
-      kv_heads: "grouped": four query heads share a key and value head; "full": none do.
+      kv_heads: "grouped": H // 4 key and value heads, at least one; "full": H of them.
       paper: without our norms and residual (see above).
 
     Raises:

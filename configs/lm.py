@@ -4,11 +4,12 @@
         --config.data.path=DIR
 
 Purpose: comparisons at equal size. `:FAMILY,SIZE` names a preset of `bmojo_jax/presets.py`; the
-vocabulary is that of bytes, so a model has fewer parameters than the size's name says. Settings
-after the GPT-3 table (arXiv 2005.14165, table 2.1) for the peak rate by size.
+vocabulary is that of bytes, so a model has fewer parameters than the size's name says. Peak rates
+by size are those of GPT-3 (arXiv 2005.14165, table 2.1).
 
-Hardware: one accelerator of 80 GB up to 790m. All devices are used, batch and parameters cut over
-them by `--config.mesh.*`.
+Hardware: one accelerator of 80 GB, by an estimate of what a micro-batch keeps for its backward
+pass; not measured above 130m. All devices are used, batch and parameters cut over them by
+`--config.mesh.*`. Time: `results/train_steps` has tokens/s by size; a run is 1.3e9 tokens.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ import dataclasses
 from bmojo_jax import presets
 from bmojo_jax.config import DataConfig, OptimConfig, TrainConfig, to_config_dict
 
+# Micro-batches of a batch of 131,072 tokens.
+ACCUMULATE = {"370m": 4, "790m": 8, "1_4b": 16, "3b": 32}
 PEAK_RATES = {
     "tiny": 2e-3,
     "30m": 1e-3,
@@ -33,7 +36,11 @@ def get_config(preset: str = "bmojo,130m"):
     return to_config_dict(
         TrainConfig(
             model=dataclasses.replace(model, compute_dtype="bfloat16", remat="dots"),
-            optim=OptimConfig(learning_rate=PEAK_RATES[size], warmup_steps=500),
+            optim=OptimConfig(
+                learning_rate=PEAK_RATES[size],
+                warmup_steps=500,
+                accumulate=ACCUMULATE.get(size, 1),
+            ),
             data=DataConfig(sequence_length=2048, batch_size=64),
             steps=10_000,
             eval_every=500,

@@ -64,7 +64,7 @@ def run(
             )
         return implementations[implementation](*args, **kwargs)
     refusals: list[str] = []
-    for name in PREFERENCES[platform()]:
+    for name in PREFERENCES.get(platform(), ("xla",)):
         if name not in implementations:
             continue
         try:

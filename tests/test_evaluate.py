@@ -165,8 +165,9 @@ def test_memory_statistics_are_means_over_batches(run):
 
     sums = dict.fromkeys(("mass_eidetic", "memory_age"), 0.0)
     weights = dict.fromkeys(sums, 0.0)
+    source = sources.open_source(data, "validation")
     for batch in pipeline.validation_batches(
-        data, config.model.chunk, process_index=0, process_count=1, limit=0
+        source, data, config.model.chunk, process_index=0, process_count=1, limit=0
     ):
         measured = statistics(trained.params, batch)["0"]
         share = batch["weights"].mean()

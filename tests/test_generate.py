@@ -116,6 +116,21 @@ def test_sampling_follows_the_distribution():
     np.testing.assert_allclose(frequencies(logits, GREEDY), [1, 0, 0, 0])
 
 
+def test_padding_of_the_vocabulary_is_never_drawn():
+    logits = np.log(np.array([0.1, 0.2, 0.1, 0.6]))
+    drawn = frequencies(logits, Sampling(num_words=3))
+    np.testing.assert_allclose(drawn, [0.25, 0.5, 0.25, 0], atol=0.03)
+    assert frequencies(logits, Sampling(temperature=0, num_words=3), 1).argmax() == 1
+
+
+def test_full_attention_refuses_what_it_has_no_room_for():
+    config, params = build("transformer")
+    state = cache.empty_cache(config, 2, max_length=8)
+    _, state = generate.prefill(config, params, state, [[1, 2, 3], [4] * 5])
+    with pytest.raises(ValueError, match=r"a row of 9 tokens: .*max_length=8"):
+        generate.prefill(config, params, state, [[1], [2] * 4])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmojo_jax import cache, layers, model
+from bmojo_jax import cache, layers, memory, model
 from tests.models import FAMILIES, float64_params, packed_positions, small_config
+from tests.tolerances import relative_rms
 
 LENGTH = 40
 # One compilation instead of one for each primitive.
@@ -258,6 +259,22 @@ def test_depth_does_not_grow_the_program():
     assert size(16) <= 1.02 * size(2)
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("family", ["bmojo_gate", "bmojo_mlp_mamba", "transformer"])
+def test_lowers_for_accelerators(family, platform):
+    """Forward and gradient, on a machine that has neither."""
+    config = small_config(**FAMILIES[family], compute_dtype="bfloat16")
+    shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    ints = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+    def loss(params, tokens_BL, positions_BL):
+        x_BLD = model.hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
+        return jnp.sum(jnp.square(x_BLD.astype(jnp.float32)))
+
+    traced = jax.jit(jax.grad(loss)).trace(shapes, ints, ints)
+    assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_bfloat16_keeps_the_parts_that_need_it_in_float32(rng):
     config = small_config(compute_dtype="bfloat16")
     params = model.init_params(config, jax.random.key(0))
@@ -271,6 +288,60 @@ def test_bfloat16_keeps_the_parts_that_need_it_in_float32(rng):
     assert 1e-5 < error < 0.05
     logits = model.bind(config, params).logits(low)
     assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["mamba", "hybrid", "bmojo_f"])
+def test_decoding_equals_the_whole_pass_in_low_precision(rng, family, dtype):
+    """Families without a discrete choice, which rounding could tip."""
+    config = small_config(**FAMILIES[family], compute_dtype=dtype)
+    params = model.init_params(config, jax.random.key(0))
+    tokens_BL = tokens(rng)
+    positions_BL = jnp.asarray(packed_positions(LENGTH, (13,), (22, 30)))
+    want = hidden_states(config, params, tokens_BL, positions_BL=positions_BL)
+    got = decode(config, params, tokens_BL, positions_BL, (4,) * 10)
+    assert got.dtype == want.dtype == jnp.dtype(dtype)
+    assert relative_rms(got, want) < {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+
+
+def test_bfloat16_gradients_of_shared_rows_are_summed_in_float32(rng):
+    """One token used thousands of times: bfloat16 sums would stop growing at 256."""
+    config = small_config(pattern="swa", compute_dtype="bfloat16", window=2)
+    params = model.init_params(config, jax.random.key(0))
+    tokens_BL = jnp.full((8, 512), 3)
+
+    def gradient(dtype):
+        changed = dataclasses.replace(config, compute_dtype=dtype)
+        loss = lambda p: hidden_states(changed, p, tokens_BL).astype(jnp.float32)[..., 0].sum()  # noqa: E731
+        return jax.grad(loss)(params)["embedding"]["table"][3]
+
+    assert relative_rms(gradient("bfloat16"), gradient("float32")) < 0.05
+
+
+def test_bfloat16_gradients_of_remembered_tokens_are_summed_in_float32(rng):
+    """A token that hundreds of chunks keep: its key and value serve them all."""
+    length = 1024
+    config = small_config(window=2, chunk=2, eidetic_tokens=1, compute_dtype="bfloat16")
+    attention = bmojo_mixer(config, model.init_params(config, jax.random.key(0))).attention
+    positions_BL = layers.one_document(1, length).positions_BL
+    kv = jnp.asarray(rng.normal(size=(1, length, 1, 8)), jnp.bfloat16)
+    chosen = memory.Selection(
+        index_BZM=jnp.zeros((1, length // 2, 1), jnp.int32),
+        valid_BZM=jnp.ones((1, length // 2, 1), bool),
+    )
+
+    def total(v_BLGK):
+        stream = attention._eidetic(kv, v_BLGK, chosen, None, positions_BL)
+        return stream["eidetic_v_BZMGK"].astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(kv)[0, 0], length // 2)
+
+
+def test_a_piece_beyond_the_limit_is_refused(rng):
+    config = small_config()
+    state = cache.empty_cache(config, 2, max_length=LENGTH)
+    with pytest.raises(ValueError, match=r"length=5 tokens: a piece must have at most 4"):
+        model.bind(config, float64_params(config)).extend(tokens(rng, length=5), state)
 
 
 def test_module_and_functions_agree(rng):

@@ -70,17 +70,20 @@ def test_formula_counts_every_option(changes):
     assert presets.model_parameters(config) == count
 
 
-@pytest.mark.parametrize("family", presets.PATTERNS)
-def test_parameter_tree_is_golden(family):
-    """Path, shape and dtype of every parameter: what checkpoints and rules rely on."""
-    golden = json.loads((GOLDEN / "parameter_trees.json").read_text())
-    config = presets.model(family, "130m")
+def parameter_tree(family, size):
+    config = presets.model(family, size)
     shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
-    tree = {
+    return {
         path: f"{'x'.join(map(str, leaf.shape))} {leaf.dtype}"
         for path, leaf in paths.flatten_paths(shapes).items()
     }
-    assert tree == golden[family]
+
+
+@pytest.mark.parametrize(("family", "size"), CASES)
+def test_parameter_tree_is_golden(family, size):
+    """Path, shape and dtype of every parameter: what checkpoints and rules rely on."""
+    golden = json.loads((GOLDEN / "parameter_trees.json").read_text())
+    assert parameter_tree(family, size) == golden[size][family]
 
 
 def test_paper_presets_have_none_of_our_additions():
@@ -127,12 +130,8 @@ if __name__ == "__main__":  # rewrites the golden files: python -m tests.test_pr
         for size in presets.SIZES
     }
     (GOLDEN / "preset_parameters.json").write_text(json.dumps(counts, indent=2) + "\n")
-    trees = {}
-    for family in presets.PATTERNS:
-        config = presets.model(family, "130m")
-        shapes = jax.eval_shape(lambda config=config: model.init_params(config, jax.random.key(0)))
-        trees[family] = {
-            path: f"{'x'.join(map(str, leaf.shape))} {leaf.dtype}"
-            for path, leaf in paths.flatten_paths(shapes).items()
-        }
-    (GOLDEN / "parameter_trees.json").write_text(json.dumps(trees, indent=2) + "\n")
+    trees = {
+        size: {family: parameter_tree(family, size) for family in presets.PATTERNS}
+        for size in presets.SIZES
+    }
+    (GOLDEN / "parameter_trees.json").write_text(json.dumps(trees, indent=1) + "\n")

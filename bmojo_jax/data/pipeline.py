@@ -65,14 +65,21 @@ def train_iterator(
 
 
 def validation_batches(
-    data: DataConfig, chunk: int, *, process_index: int, process_count: int, limit: int
+    source: sources.TextFolder,
+    data: DataConfig,
+    chunk: int,
+    *,
+    process_index: int,
+    process_count: int,
+    limit: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of the validation batches: the first `limit`, or all if it is 0.
 
-    The last batch is filled up with rows of padding.
+    `source` is that of `sources.open_source(data, "validation")`, opened once in a run so that
+    every evaluation is on the same files. The last batch is filled up with rows of padding.
     """
     rows = _rows_per_process(data, process_index, process_count)
-    documents = grain.MapDataset.source(sources.open_source(data, "validation"))
+    documents = grain.MapDataset.source(source)
     batches = _pack(documents, data, chunk).batch(
         data.batch_size,
         batch_fn=functools.partial(grain.experimental.batch_and_pad, batch_size=data.batch_size),

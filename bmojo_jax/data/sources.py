@@ -66,20 +66,29 @@ def _usable_files(root: Path, data: DataConfig) -> list[str]:
             '"**/*.txt", or empty for every text file'
         )
     excluded = set(data.exclude)
-    matches = root.glob(data.include or _EVERYTHING)
-    found = sorted(path.relative_to(root).as_posix() for path in matches)
-    found = [path for path in found if excluded.isdisjoint(Path(path).parts[:-1])]
+    try:
+        matches = list(root.glob(data.include or _EVERYTHING))
+    except ValueError as error:
+        raise ValueError(f"data.include={data.include!r}: must be a glob ({error})") from error
+    found = sorted(path.relative_to(root).as_posix() for path in matches if not path.is_dir())
     usable: list[str] = []
-    reasons = ("empty", "unreadable", "binary", "the same file again")
+    reasons = (
+        "in a folder of data.exclude",
+        "empty",
+        "unreadable",
+        "binary",
+        "the same file again",
+    )
     left_out: dict[str, list[str]] = {reason: [] for reason in reasons}
     seen = set()
     for path in found:
+        if not excluded.isdisjoint(Path(path).parts[:-1]):
+            left_out["in a folder of data.exclude"].append(path)
+            continue
         try:
             status = (root / path).stat()
         except OSError:  # among others a link to nothing
             left_out["unreadable"].append(path)
-            continue
-        if stat.S_ISDIR(status.st_mode):
             continue
         # Two names of one file could put it into both splits.
         target = os.path.realpath(root / path)

@@ -45,7 +45,12 @@ def train(data, index=0, count=1):
 def validation(data, index=0, count=1, limit=0):
     return list(
         pipeline.validation_batches(
-            data, CHUNK, process_index=index, process_count=count, limit=limit
+            sources.open_source(data, "validation"),
+            data,
+            CHUNK,
+            process_index=index,
+            process_count=count,
+            limit=limit,
         )
     )
 

@@ -74,6 +74,7 @@ def test_include_and_exclude(folder):
 def test_what_is_left_out_is_logged(tmp_path, monkeypatch):
     write(tmp_path, {f"{n}.txt": b"x" for n in range(5)})
     write(tmp_path, {"empty.txt": b"", "folder.txt/inner.txt": b"x", "locked.txt": b"x"})
+    write(tmp_path, {"out/a.txt": b"x", "out/b.txt": b"x"})
     (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
     (tmp_path / "again.txt").symlink_to(tmp_path / "0.txt")
     os.mkfifo(tmp_path / "pipe.txt")
@@ -82,15 +83,16 @@ def test_what_is_left_out_is_logged(tmp_path, monkeypatch):
     messages = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: messages.append(text % values))
 
-    paths = paths_of(DataConfig(path=str(tmp_path)))
+    paths = paths_of(DataConfig(path=str(tmp_path), exclude=("out",)))
     # Of two names of one file the first counts.
     expected = {"1.txt", "2.txt", "3.txt", "4.txt", "folder.txt/inner.txt"}
     assert set(paths["train"] + paths["validation"]) - {"again.txt", "0.txt"} == expected
     assert len(paths["train"] + paths["validation"]) == 6
-    assert len(messages) == 6  # three reasons, for either split
-    assert "1 of 12 files (empty), e.g. 'empty.txt'" in messages[0]
-    assert "3 of 12 files (unreadable), e.g. 'broken.txt'" in messages[1]
-    assert "1 of 12 files (the same file again)" in messages[2]
+    assert len(messages) == 8  # four reasons, for either split
+    assert "1 of 13 files (empty), e.g. 'empty.txt'" in messages[1]
+    assert "3 of 13 files (unreadable), e.g. 'broken.txt'" in messages[2]
+    assert "1 of 13 files (the same file again)" in messages[3]
+    assert "2 of 13 files (in a folder of data.exclude), e.g. 'out/a.txt'" in messages[0]
 
 
 def test_errors_name_the_setting(tmp_path):
@@ -107,6 +109,7 @@ def test_errors_name_the_setting(tmp_path):
     refuse(r"data\.include='.*txt': must match files .*matches 1 names", path=path, include="*.txt")
     refuse(r"data\.path='.*: must hold at least 2 .*'b\.md'", path=path, include="*.md")
     refuse(r"data\.include='/etc/\*': must be a glob relative", path=path, include="/etc/*")
+    refuse(r"data\.include='\*\*a': must be a glob", path=path, include="**a")
 
 
 def test_without_a_glob_every_text_file_counts(tmp_path):

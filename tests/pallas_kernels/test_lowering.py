@@ -1,0 +1,78 @@
+"""Both operations, forward and gradient, lower for accelerators on a machine without one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import memory_attention, selective_scan
+from pallas_kernels.shapes import ATTENTION_CASES, SCAN_CASES
+
+PLATFORMS = ["cuda", "tpu"]
+
+
+def lowers(loss, shapes, platform):
+    traced = jax.jit(jax.grad(loss, argnums=tuple(range(len(shapes))))).trace(*shapes)
+    return "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("case", SCAN_CASES)
+def test_selective_scan_lowers(case, platform):
+    sizes = dataclasses.asdict(SCAN_CASES[case])
+
+    def array(letters, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(tuple(sizes[letter] for letter in letters), dtype)
+
+    shapes = [array(x) for x in ("BLE", "BLE")]
+    shapes += [array("EN", jnp.float32), array("BLN"), array("BLN"), array("E", jnp.float32)]
+    shapes += [array("BLE"), array("E", jnp.float32), array("BEN", jnp.float32)]
+
+    def loss(*inputs):
+        *required, z_BLE, dt_bias_E, h0_BEN = inputs
+        reset_BL = jnp.zeros(z_BLE.shape[:2], jnp.bool_)
+        out = selective_scan(
+            *required,
+            z_BLE=z_BLE,
+            dt_bias_E=dt_bias_E,
+            h0_BEN=h0_BEN,
+            reset_BL=reset_BL,
+            implementation="xla",
+        )
+        return out.y_BLE.astype(jnp.float32).sum() + out.h_BEN.sum()
+
+    assert lowers(loss, shapes, platform)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("case", ATTENTION_CASES)
+def test_memory_attention_lowers(case, platform):
+    shape = ATTENTION_CASES[case]
+    chunks = -(-shape.L // shape.chunk)
+
+    def array(*dims):
+        return jax.ShapeDtypeStruct((shape.B, *dims), jnp.bfloat16)
+
+    shapes = [array(shape.L, heads, shape.K) for heads in (shape.H, *[shape.G] * 4)]
+    shapes += [array(chunks, shape.eidetic, shape.G, shape.K)] * 2
+
+    def loss(q, k, v, fading_k, fading_v, eidetic_k, eidetic_v):
+        out = memory_attention(
+            q,
+            k,
+            v,
+            window=shape.window,
+            fading_k_BLGK=fading_k,
+            fading_v_BLGK=fading_v,
+            fading_window=shape.fading_window,
+            eidetic_k_BZMGK=eidetic_k,
+            eidetic_v_BZMGK=eidetic_v,
+            eidetic_valid_BZM=jnp.ones(eidetic_k.shape[:3], jnp.bool_),
+            chunk=shape.chunk,
+            segment_ids_BL=jnp.ones(q.shape[:2], jnp.int32),
+            implementation="xla",
+        )
+        return out.o_BLHK.astype(jnp.float32).sum() + out.lse_BLH.sum()
+
+    assert lowers(loss, shapes, platform)
