@@ -1,8 +1,7 @@
 """Trains a model: `python train.py --config configs/quickstart.py --workdir DIR`.
 
-Any setting can be changed on the command line (`--config.model.window=128`). A work directory that
-holds a checkpoint is continued. SIGTERM or Ctrl-C saves a checkpoint and exits cleanly. On several
-hosts, the same command with `--distributed` runs on each, with a work directory that all share.
+Any setting can be changed (`--config.model.window=128`). A work directory that holds a checkpoint is
+continued; SIGTERM or Ctrl-C saves one and exits. `--distributed` on each of several hosts is a run.
 """
 
 import pathlib
@@ -17,8 +16,7 @@ from bmojo_jax import closing, config, console, trainer
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The settings of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of the processes of a run.")
-# For clusters that JAX does not detect by their environment.
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT, if JAX knows no such cluster.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this one is.", lower_bound=0)
 
@@ -36,7 +34,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
-    console.show_own_messages()
+    trainer.make_deterministic()
+    console.show_messages(logging.INFO)
     workdir = pathlib.Path(_WORKDIR.value)
     process = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
@@ -45,9 +44,12 @@ def main(argv: list[str]) -> None:
             jax.distributed.initialize(*process)
         elif process != (None, None, None):
             raise ValueError("--coordinator, --num_processes and --process_id need --distributed")
-        logging.info("%d %s device(s)", jax.device_count(), jax.devices()[0].device_kind)
+    except (OSError, ValueError) as error:
+        console.fail(error)
+    logging.info("%d %s device(s)", jax.device_count(), jax.devices()[0].device_kind)
+    try:
         outcome = trainer.train(settings, workdir)
-    except (OSError, trainer.SettingsError, trainer.NonFiniteError) as error:
+    except (trainer.SettingsError, trainer.NonFiniteError) as error:
         console.fail(error)
     closing.report(settings, outcome, workdir)
 

@@ -22,7 +22,7 @@ from absl import app, flags
 
 from bmojo_jax import metrics, presets, sharding, trainer
 from bmojo_jax.config import MeshConfig, OptimConfig, TrainConfig
-from bmojo_jax.data import pipeline
+from bmojo_jax.data import pipeline, sources
 from configs import quickstart
 
 _OUT = flags.DEFINE_string("out", None, "Folder for train_steps.json.", required=True)
@@ -50,7 +50,11 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     program = trainer.make_program(config, mesh)
     batches = pipeline.train_iterator(
-        config.data, config.model.chunk, process_index=0, process_count=1
+        sources.open_source(config.data, "train"),
+        config.data,
+        config.model.chunk,
+        process_index=0,
+        process_count=1,
     )
     losses, seconds = [], []
     with jax.set_mesh(mesh):

@@ -10,7 +10,6 @@ written by orbax in the background and renamed into place when complete: what is
 Arrays are stored in their dtype, bit for bit, and can be restored onto another mesh.
 """
 
-import base64
 import dataclasses
 import json
 import math
@@ -29,7 +28,7 @@ from orbax.checkpoint import checkpoint_managers
 from bmojo_jax import model, paths, sharding
 from bmojo_jax.config import TrainConfig, from_dict
 
-DataState = dict[str, Any] | bytes
+DataState = dict[str, Any]  # JSON-able
 _LOSS = "validation_loss"
 
 
@@ -70,24 +69,6 @@ def _gather(text: str) -> list[str]:
     padded[: mine.size] = mine
     rows = multihost_utils.process_allgather(padded)
     return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
-
-
-def _encode(data_state: DataState) -> str:
-    if isinstance(data_state, bytes):
-        return json.dumps({"bytes": base64.b64encode(data_state).decode()})
-    return json.dumps({"dict": data_state})
-
-
-def _decode(text: str) -> DataState:
-    value = json.loads(text)
-    return base64.b64decode(value["bytes"]) if "bytes" in value else value["dict"]
-
-
-def _stored_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """A random key is stored as its words."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.eval_shape(jax.random.key_data, leaf).shape
-    return leaf.shape
 
 
 class Checkpoints:
@@ -171,7 +152,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state),
-                data=ocp.args.JsonSave({"processes": _gather(_encode(data_state))}),
+                data=ocp.args.JsonSave({"processes": _gather(json.dumps(data_state))}),
                 config=ocp.args.JsonSave(config),
             ),
             metrics={_LOSS: float(validation_loss) if finite else None},
@@ -196,7 +177,7 @@ class Checkpoints:
                 f"the data cannot be shared out among {jax.process_count()}"
             )
         state = self._restore_arrays(step, abstract_state, partial=False)
-        return state, _decode(processes[jax.process_index()])
+        return state, json.loads(processes[jax.process_index()])
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
         """The parameters alone, of `step` or the latest one; errors as in `restore`."""
@@ -253,7 +234,7 @@ class Checkpoints:
     def _check_shapes(self, step: int, abstract: Any, *, partial: bool) -> None:
         metadata = self._manager.item_metadata(step)["state"]
         saved = {path: leaf.shape for path, leaf in paths.flatten_paths(metadata.tree).items()}
-        wanted = {path: _stored_shape(x) for path, x in paths.flatten_paths(abstract).items()}
+        wanted = {path: leaf.shape for path, leaf in paths.flatten_paths(abstract).items()}
         where = f"{self.directory}, {step=}"
         for path, shape in wanted.items():
             if path not in saved:

@@ -1,7 +1,10 @@
 """What a run prints when it has ended: a sample, and its loss beside what needs no model."""
 
+import dataclasses
 import json
 import pathlib
+
+import jax
 
 from bmojo_jax import generate
 from bmojo_jax.config import TrainConfig
@@ -12,11 +15,19 @@ _SAMPLING = generate.Sampling(temperature=0.8, top_p=0.95)
 
 
 def report(config: TrainConfig, outcome: Outcome, workdir: pathlib.Path) -> None:
-    """Prints the sample and the closing line, and writes both below `workdir`."""
+    """Prints the sample and the closing line, and writes both below `workdir`.
+
+    Of several processes the first one does, without a sample: the parameters may be spread over
+    all of them, and too large for one.
+    """
+    if jax.process_index():
+        return
     if outcome.interrupted:
         print(f"stopped after step {outcome.step}; the same command continues from there")
         return
-    if config.sample_tokens:
+    if config.sample_tokens and jax.process_count() > 1:
+        print(f"no sample of several processes: python -m bmojo_jax.generate --workdir {workdir}")
+    elif config.sample_tokens:
         tokenizer = tokenizers.make_tokenizer(config.data.tokenizer)
         prompt = [tokenizer.boundary_id, *tokenizer.encode(config.sample_prompt).tolist()]
         (ids,) = generate.generate(
@@ -24,7 +35,7 @@ def report(config: TrainConfig, outcome: Outcome, workdir: pathlib.Path) -> None
             outcome.params,
             [prompt],
             max_tokens=config.sample_tokens,
-            sampling=_SAMPLING,
+            sampling=dataclasses.replace(_SAMPLING, num_words=tokenizer.vocab_size),
             stop_ids=[tokenizer.boundary_id],
         )
         sample = config.sample_prompt + tokenizer.decode(ids)

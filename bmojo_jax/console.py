@@ -8,11 +8,13 @@ from typing import NoReturn
 from absl import logging
 
 _OURS = ("train.py", "eval.py", "bmojo_jax", "pallas_kernels")
+# Orbax warns of what is meant: a run may be saving in the directory that is read.
+_MEANT = "Given directory is read only"
 
 
-def show_own_messages() -> None:
-    """Shows INFO messages of this project; of the libraries, warnings and what is worse."""
-    logging.set_verbosity(logging.INFO)
+def show_messages(level: int) -> None:
+    """Shows messages of this project from `level` on; of the libraries, warnings or worse."""
+    logging.set_verbosity(level)
     # Of what prints, not of a logger: jax logs by loggers of its own, orbax by that of absl.
     handler = logging.get_absl_handler().python_handler
     if _is_relevant not in handler.filters:
@@ -21,7 +23,7 @@ def show_own_messages() -> None:
 
 def _is_relevant(record: python_logging.LogRecord) -> bool:
     if record.levelno >= python_logging.WARNING:
-        return True
+        return not str(record.msg).startswith(_MEANT)
     path = pathlib.Path(record.pathname)
     return path.name in _OURS or any(folder in _OURS for folder in path.parts)
 

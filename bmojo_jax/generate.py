@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from jaxtyping import Array, Float, Int
 
-from bmojo_jax import checkpoint, model
+from bmojo_jax import checkpoint, console, model
 from bmojo_jax.cache import Cache, check_room, empty_cache, longest_piece
 from bmojo_jax.config import ModelConfig
 from bmojo_jax.data import tokenizers
@@ -197,12 +197,18 @@ def generate(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    console.show_messages(logging.WARNING)
     values = flags.FLAGS
     try:
         sampling = Sampling(values.temperature, values.top_k, values.top_p)
         trained = checkpoint.load(values.workdir, step=values.step)
-    except (ValueError, FileNotFoundError) as error:
-        raise app.UsageError(str(error)) from error
+        _print_continuation(trained, sampling)
+    except (FileNotFoundError, ValueError) as error:
+        console.fail(error)
+
+
+def _print_continuation(trained: checkpoint.Trained, sampling: Sampling) -> None:
+    values = flags.FLAGS
     tokenizer = tokenizers.make_tokenizer(trained.config.data.tokenizer)
     decoder = tokenizers.StreamingDecoder(tokenizer)
     prompt = [tokenizer.boundary_id, *tokenizer.encode(values.prompt).tolist()]
@@ -212,7 +218,7 @@ def main(argv: list[str]) -> None:
         trained.params,
         [prompt],
         max_tokens=values.tokens,
-        sampling=sampling,
+        sampling=dataclasses.replace(sampling, num_words=tokenizer.vocab_size),
         stop_ids=[tokenizer.boundary_id],
         seed=values.seed,
     ):

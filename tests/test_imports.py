@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Of our own modules, what each may import; a name stands for everything below it.
 LAYERS = [
-    {"bmojo_jax.config", "bmojo_jax.paths"},
+    {"bmojo_jax.config", "bmojo_jax.console", "bmojo_jax.paths"},
     {"bmojo_jax.sharding", "bmojo_jax.layers"},
     {"bmojo_jax.memory"},
     {"bmojo_jax.cache"},

@@ -1,9 +1,11 @@
-"""train.py and eval.py as a user runs them, and every setting's check."""
+"""The programs as a user runs them, and every setting's check."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,10 +57,13 @@ class Shell:
         }
 
     def start(self, program: str, *arguments: object, **options) -> subprocess.Popen:
+        """`program` is a file, or a module that is named like one."""
+        is_module = program.startswith("bmojo_jax.")
+        called = ["-m", program] if is_module else [str(ROOT / program)]
         return subprocess.Popen(
-            [sys.executable, str(ROOT / program), *map(str, arguments)],
+            [sys.executable, *called, *map(str, arguments)],
             cwd=self.folder,
-            env=self.environment,
+            env=self.environment | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -212,6 +217,12 @@ def test_an_exception_ends_without_an_abort(shell):
         (["--config=none.py"], "[Errno 2] No such file or directory: 'none.py'"),
         (["--config=none.py", "--config.steps=3"], "[Errno 2] No such file or directory"),
         (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+        (
+            ["--distributed", "--coordinator=localhost:1", "--num_processes=1", "--process_id=1"],
+            "Got process_id=1, num_processes=1",
+        ),
+        (["--process_id=1"], "--num_processes and --process_id need --distributed"),
+        (["--config.model.compute_dtype=float64"], "must be 'float32' or 'bfloat16' unless JAX"),
     ],
 )
 def test_a_wrong_command_is_one_message_and_leaves_no_files(arguments, message, shell):
@@ -243,9 +254,29 @@ def test_evaluation_of_a_run(finished, shell):
     }
 
 
+def test_evaluation_on_other_documents(finished, shell):
+    """A work directory that was copied to another machine, where its data are elsewhere."""
+    workdir = shell.folder / "copied"
+    shutil.copytree(finished[0], workdir)
+    settings = json.loads((workdir / "config.json").read_text())
+    other = shell.folder / "other documents"
+    write_documents(other, count=30)
+    arguments = ("--workdir", workdir, "--contexts=16", "--data_path", other)
+    process = shell.run("eval.py", *arguments)
+    assert process.returncode == 0, process.stderr
+    assert str(other) in process.stdout.splitlines()[0]
+    result = json.loads((workdir / "eval" / "validation.json").read_text())
+    assert result["data"] == str(other)
+    data = config.from_dict(TrainConfig, settings).data
+    held_out = sources.read_split(dataclasses.replace(data, path=str(other)), "validation")
+    assert len(held_out) > len(_held_out(workdir))
+    assert result["by_context"][0]["bytes"] == sum(map(len, held_out))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--workdir=finished", "--data_path=/none"], r"eval\.py: data\.path='/none': must be"),
         (["--workdir=never"], "eval.py: never/checkpoints does not exist"),
         (["--workdir=finished", "--step=7"], "step=7 in .*/checkpoints, which holds"),
         (["--workdir=finished", "--contexts=8,x"], "contexts=.*must be positive integers"),
@@ -256,6 +287,34 @@ def test_a_wrong_evaluation_is_one_message(arguments, message, finished, shell):
     process = shell.run("eval.py", *arguments)
     assert process.returncode == 1
     assert re.search(message, process.stderr) and "Traceback" not in process.stderr
+    assert not (shell.folder / "never").exists()
+
+
+GENERATE = "bmojo_jax.generate"
+
+
+def test_generation(finished, shell):
+    arguments = ("--workdir", finished[0], "--prompt", "the memory", "--tokens=12", "--seed=3")
+    process = shell.run(GENERATE, *arguments)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("the memory") and len(process.stdout) > len("the memory\n")
+    assert len(process.stdout) <= len("the memory") + 12 + len("\n")
+    assert process.stderr == ""
+    assert shell.run(GENERATE, *arguments).stdout == process.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir=never"], "never/checkpoints does not exist: no run has saved anything there"),
+        (["--workdir=finished", "--step=7"], r"no checkpoint of step=7 in .*, which holds"),
+        (["--workdir=finished", "--top_p=0"], r"top_p=0\.0: must be in \(0, 1\]"),
+    ],
+)
+def test_a_wrong_generation_is_one_line(arguments, message, finished, shell):
+    process = shell.run(GENERATE, *arguments)
+    assert process.returncode == 1 and process.stdout == ""
+    assert re.fullmatch(rf"generate\.py: .*{message}.*\n", process.stderr), process.stderr
     assert not (shell.folder / "never").exists()
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import threading
 
@@ -14,10 +15,10 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from bmojo_jax import closing, metrics, optim, paths, presets, sharding, trainer
+from bmojo_jax import checkpoint, closing, metrics, optim, paths, presets, sharding, trainer
 from bmojo_jax.checkpoint import Checkpoints
 from bmojo_jax.config import MeshConfig, TrainConfig, to_dict
-from bmojo_jax.data import pipeline
+from bmojo_jax.data import pipeline, sources
 from tests.models import float64_params, packed_positions
 from tests.runs import TINY, records, tiny_run, write_documents
 from tests.tolerances import TOLERANCE, relative_rms
@@ -227,7 +228,7 @@ def test_a_tiny_preset_learns(family, folder):
         optim={"learning_rate": 3e-3, "warmup_steps": 0},
     )
     program = _program(config)
-    batch = next(pipeline.train_iterator(config.data, 1, process_index=0, process_count=1))
+    batch = next(first_batches(config.data, 1))
     state, losses = jax.device_get(program.init()), []
     for _ in range(3):
         state, measured = _step(program, state, batch)
@@ -341,6 +342,40 @@ def test_a_finished_run_is_left_as_it_is(finished, folder):
     _assert_same(outcome.params, wanted.params)
 
 
+def test_documents_that_come_or_go_are_told(folder, tmp_path, monkeypatch, caplog):
+    """The place in the data is one in a list of files."""
+    documents, workdir = tmp_path / "documents", tmp_path / "run"
+    shutil.copytree(folder, documents)
+    config = _resumed_config(documents)
+    told = re.escape(f"data.path={str(documents)!r}: files came or went since step ")
+
+    def train_to(step):
+        caplog.clear()
+        with monkeypatch.context() as patched:
+            _fail_at(patched, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert trainer.train(config, workdir).step == step
+        return caplog.text
+
+    assert not re.search(told, train_to(2))
+    assert not re.search(told, train_to(3))
+    went = sources.open_source(config.data, "train").paths[0]
+    (documents / went).unlink()
+    assert re.search(told + "3:", train_to(4))
+    write_documents(documents, count=40)
+    assert re.search(told + "4:", train_to(5))
+
+
+def test_the_checkpoint_of_another_number_of_processes(finished, folder, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    monkeypatch.setattr(checkpoint, "_gather", lambda text: [text, text])
+    with Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=1) as checkpoints:
+        program = _program(_resumed_config(folder))
+        checkpoints.save(7, program.init(), {}, to_dict(_resumed_config(folder)))
+    with pytest.raises(trainer.SettingsError, match=r"saved by 2 processes, .* among 1"):
+        trainer.train(dataclasses.replace(_resumed_config(folder), steps=8), workdir)
+
+
 def test_a_second_ctrl_c_interrupts():
     with pytest.raises(KeyboardInterrupt), trainer.stop_signals() as received:
         os.kill(os.getpid(), signal.SIGINT)
@@ -358,6 +393,7 @@ def test_a_second_ctrl_c_interrupts():
         ({"model": {"window": 6}}, r"model\.window=6: must be 5, .*another work directory"),
         ({"data": {"sequence_length": 32}}, r"data\.sequence_length=32: must be 16"),
         ({"data": {"seed": 1}}, r"data\.seed=1: must be 0"),
+        ({"data": {"workers": 1}}, r"data\.workers=1: must be 0"),
         ({"steps": 5, "optim": {"warmup_steps": 1}}, r"steps=5: must be at least 6"),
     ],
 )
@@ -384,7 +420,6 @@ def test_what_a_continuation_may_change(folder):
         steps=60,
         optim={"learning_rate": 1.0, "accumulate": 2},
         model={"remat": "full", "compute_dtype": "bfloat16"},
-        data={"workers": 1},
         mesh={"fsdp": 2},
     )
     trainer.check_continuation(json.loads(json.dumps(before)), 6, now)
@@ -410,6 +445,7 @@ def test_another_model_is_refused_before_anything_is_written(finished, folder):
         ({"model": {"vocab_size": 256}}, r"model\.vocab_size=256: must be at least 257"),
         ({"model": {"scan_implementation": "cuda"}}, r"model\.scan_implementation='cuda'.*'xla'"),
         ({"data": {"path": "/no/such/folder"}}, r"data\.path='/no/such/folder': must be"),
+        ({"model": {"compute_dtype": "float64"}}, r"compute_dtype='float64': must be 'float32' or"),
         ({"data": {"include": "*.nothing"}}, r"data\.include='\*\.nothing'"),
         (
             {"optim": {"schedule": "warmup_stable_decay", "decay_fraction": 0.9}},
@@ -468,12 +504,15 @@ def test_a_skipped_update_changes_nothing(monkeypatch, folder):
     assert measured["learning_rate"] == pytest.approx(float(schedule(1)))
 
 
+def first_batches(data, chunk):
+    source = sources.open_source(data, "train")
+    return pipeline.train_iterator(source, data, chunk, process_index=0, process_count=1)
+
+
 @pytest.fixture
 def bad_fourth_batch(monkeypatch, folder):
     config = tiny_run(folder)
-    batches = pipeline.train_iterator(
-        config.data, config.model.chunk, process_index=0, process_count=1
-    )
+    batches = first_batches(config.data, config.model.chunk)
     sums = [int(next(batches)["inputs"].sum()) for _ in range(6)]
     batches.close()
     assert len(set(sums)) == 6

@@ -26,9 +26,16 @@ _BATCHES_AHEAD = 4
 
 
 def train_iterator(
-    data: DataConfig, chunk: int, *, process_index: int, process_count: int
+    source: sources.TextFolder,
+    data: DataConfig,
+    chunk: int,
+    *,
+    process_index: int,
+    process_count: int,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless training batches of this process: `batch_size / process_count` rows each.
+
+    `source` is that of `sources.open_source(data, "train")`.
 
     `get_state()` is JSON-able; `set_state()` resumes with exactly the batch that would have come
     next, provided the files, `data`, `chunk` and `process_count` are the same. `close()` ends its
@@ -38,7 +45,6 @@ def train_iterator(
       ValueError: the folder or the batch cannot be shared out among the processes.
     """
     rows = _rows_per_process(data, process_index, process_count)
-    source = sources.open_source(data, "train")
     if len(source) < process_count:
         raise ValueError(
             f"data.path={data.path!r}: must hold at least {process_count=} training files, "

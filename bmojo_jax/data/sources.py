@@ -34,6 +34,10 @@ class TextFolder:
     def __getitem__(self, index: SupportsIndex) -> bytes:
         return (self._root / self.paths[index]).read_bytes()
 
+    def fingerprint(self) -> str:
+        """Changes when files come or go."""
+        return hashlib.sha256(os.fsencode("\0".join(self.paths))).hexdigest()
+
     def __repr__(self) -> str:
         return f"TextFolder({str(self._root)!r}, files={len(self)})"
 
@@ -105,7 +109,7 @@ def _usable_files(root: Path, data: DataConfig) -> list[str]:
             usable.append(path)
     for reason, paths in left_out.items():
         if paths:
-            logging.warning(
+            logging.info(
                 "data.path=%r: left out %d of %d files (%s), e.g. %r",
                 data.path,
                 len(paths),

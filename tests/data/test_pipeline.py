@@ -39,7 +39,8 @@ def config(folder, **settings):
 
 
 def train(data, index=0, count=1):
-    return pipeline.train_iterator(data, CHUNK, process_index=index, process_count=count)
+    source = sources.open_source(data, "train")
+    return pipeline.train_iterator(source, data, CHUNK, process_index=index, process_count=count)
 
 
 def validation(data, index=0, count=1, limit=0):

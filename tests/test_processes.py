@@ -1,0 +1,191 @@
+"""Training by two processes of one device each, connected as on two hosts."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bmojo_jax import checkpoint
+from bmojo_jax.config import to_dict
+from tests.runs import records, tiny_run
+from tests.test_train_cli import ROOT, Shell
+
+pytestmark = pytest.mark.slow
+TIMEOUT_S = 120  # processes that wait for each other do so for ever
+
+# Both processes run it; each gives its own rows of the same batches.
+STEPS = """
+import json, sys
+import jax
+import numpy as np
+from bmojo_jax import paths, sharding, trainer
+from bmojo_jax.config import MeshConfig, TrainConfig, from_dict
+
+settings, coordinator, count, index = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+if count > 1:
+    jax.distributed.initialize(coordinator, count, index)
+config = from_dict(TrainConfig, json.loads(settings))
+assert jax.device_count() == 2 and jax.process_count() == count
+for sizes in ({"data": 2}, {"data": 1, "fsdp": 2}):
+    mesh = sharding.make_mesh(MeshConfig(**sizes))
+    program = trainer.make_program(config, mesh)
+    rng = np.random.default_rng(0)
+    whole = jax.NamedSharding(mesh, jax.P())
+    norms = jax.jit(lambda tree: jax.tree.map(jax.numpy.linalg.norm, tree), out_shardings=whole)
+    with jax.set_mesh(mesh):
+        state = program.init()
+        for _ in range(2):
+            ids_BL = rng.integers(0, 257, (8, 17)).astype(np.int32)
+            batch = {
+                "inputs": ids_BL[:, :-1],
+                "targets": ids_BL[:, 1:],
+                "weights": (rng.random((8, 16)) < 0.7).astype(np.float32),
+                "segment_ids": np.ones((8, 16), np.int32),
+                "positions": np.tile(np.arange(16, dtype=np.int32), (8, 1)),
+            }
+            rows = slice(8 // count * index, 8 // count * (index + 1))
+            batch = {name: x[rows] for name, x in batch.items()}
+            state, measured = program.step(state, sharding.place_batch(batch, mesh))
+        result = {"params": norms(state.params), "moments": norms(state.opt_state), **measured}
+    result = jax.device_get(result)
+    print(json.dumps({path: float(x) for path, x in paths.flatten_paths(result).items()}))
+"""
+
+
+class Pair:
+    """Runs a program in two processes."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.shell = Shell(folder)  # its environment has one device for each process
+        self.settings = tiny_run(folder / "documents", log_every=1, data={"batch_size": 8})
+
+    def start(self, *command: object) -> list[subprocess.Popen]:
+        """PORT and INDEX stand for what the processes are to be given."""
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        return [
+            subprocess.Popen(
+                [
+                    str(x).replace("PORT", str(port)).replace("INDEX", str(index))
+                    for x in (sys.executable, *command)
+                ],
+                env=self.shell.environment | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in (0, 1)
+        ]
+
+    def finish(
+        self, processes: list[subprocess.Popen], *, status: int = 0
+    ) -> list[tuple[str, str]]:
+        """What they have printed; both must end with `status`, in time."""
+        deadline = time.monotonic() + TIMEOUT_S
+        try:
+            printed = [p.communicate(timeout=deadline - time.monotonic()) for p in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [status] * 2, printed
+        # What carries messages between processes on CPUs, Gloo, prints that it does.
+        return [
+            ("".join(x for x in out.splitlines(keepends=True) if not x.startswith("[Gloo]")), err)
+            for out, err in printed
+        ]
+
+    def train(self, workdir: pathlib.Path, *overrides: str) -> list[subprocess.Popen]:
+        return self.start(
+            ROOT / "train.py",
+            *("--config", self.shell.config, "--workdir", workdir, "--distributed"),
+            *("--coordinator=localhost:PORT", "--num_processes=2", "--process_id=INDEX"),
+            *("--config.data.batch_size=8", "--config.eval_every=3", *overrides),
+        )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return Pair(tmp_path_factory.mktemp("pair"))
+
+
+def test_two_processes_step_like_one(pair):
+    settings = json.dumps(to_dict(pair.settings))
+    processes = pair.start("-c", STEPS, settings, "localhost:PORT", 2, "INDEX")
+    (first, _), (second, _) = pair.finish(processes)
+    flags = pair.shell.environment["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    alone = subprocess.run(
+        [sys.executable, "-c", STEPS, settings, "", "1", "0"],
+        env=pair.shell.environment | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert alone.returncode == 0, alone.stderr
+    lines = [[json.loads(x) for x in out.splitlines()] for out in (first, second, alone.stdout)]
+    assert [len(x) for x in lines] == [2, 2, 2]
+    for one, other, wanted in zip(*lines, strict=True):
+        assert one == other
+        assert one == pytest.approx(wanted, rel=1e-5)
+        assert wanted["loss"] > 1 and wanted["params/embedding/table"] > 0
+
+
+@pytest.mark.parametrize("mesh", [(), ("--config.mesh.data=1", "--config.mesh.fsdp=2")])
+def test_a_run_of_two_processes_is_continued(mesh, pair, tmp_path):
+    every = ("--config.checkpoint_every=3", "--config.log_every=1", *mesh)
+    (out, _), (silent, _) = pair.finish(pair.train(tmp_path, "--config.steps=4", *every))
+    assert "no sample of several processes" in out and "validation: " in out
+    assert silent == ""
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
+    before = records(tmp_path)
+
+    (out, err), (silent, _) = pair.finish(pair.train(tmp_path, "--config.steps=6", *every))
+    assert "continues after step 4 " in err and "files came or went" not in err
+    assert "validation: " in out and silent == ""
+    assert records(tmp_path)[:4] == before
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records(tmp_path, "validation")] == [3, 4, 6]
+    assert checkpoint.load(tmp_path).step == 6
+
+    # One process has one place in the data, not two.
+    one = pair.shell.train(tmp_path, "--config.data.batch_size=8", "--config.steps=7")
+    assert one.returncode == 1
+    last = one.stderr.strip().splitlines()[-1]
+    assert re.match(r"train\.py: .*saved by 2 processes, whose places .* among 1$", last)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_sigterm_to_one_stops_both_with_a_checkpoint(index, pair, tmp_path):
+    processes = pair.train(
+        tmp_path, "--config.steps=100000", "--config.log_every=2", "--config.eval_every=100000"
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        os.kill(processes[index].pid, signal.SIGTERM)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    printed = pair.finish(processes)
+    stopped = int(re.search(r"stopped after step (\d+)", printed[0][0])[1])
+    assert stopped % 2 == 0 and records(tmp_path)[-1]["step"] == stopped
+    assert printed[1][0] == ""
+    assert checkpoint.load(tmp_path).step == stopped
+
+
+def test_rows_cannot_be_shared_by_processes(pair, tmp_path):
+    processes = pair.train(tmp_path / "run", "--config.mesh.data=1", "--config.mesh.tensor=2")
+    for _, err in pair.finish(processes, status=1):
+        assert "train.py: mesh.tensor=2: must be a divisor of the number of devices of a" in err
+    assert not (tmp_path / "run").exists()
