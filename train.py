@@ -1,7 +1,7 @@
 """Trains a model: `python train.py --config configs/quickstart.py --workdir DIR`.
 
-Any setting can be changed (`--config.model.window=128`). A work directory that holds a checkpoint is
-continued; SIGTERM or Ctrl-C saves one and exits. `--distributed` on each of several hosts is a run.
+Any setting can be changed (`--config.model.window=128`). A work directory that holds a checkpoint
+is continued; SIGTERM or Ctrl-C saves one and exits. `--distributed` on each host makes one run.
 """
 
 import pathlib

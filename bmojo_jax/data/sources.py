@@ -4,6 +4,7 @@ Whole files go to one split or the other, by a hash of their path below the fold
 where it is when others come or go. Nothing here decodes or changes a byte.
 """
 
+import functools
 import hashlib
 import os
 import stat
@@ -52,8 +53,14 @@ def open_source(data: DataConfig, split: Split) -> TextFolder:
     if not data.path or not root.is_dir():
         raise ValueError(f"data.path={data.path!r}: must be the path of an existing folder")
     paths = _split(_usable_files(root, data), data.validation_fraction)[split]
-    logging.info("data.path=%r: %d files for %s", data.path, len(paths), split)
+    _log_once(f"data.path={data.path!r}: {len(paths)} files for {split}")
     return TextFolder(root, paths)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    """A run opens its sources more than once."""
+    logging.info(message)
 
 
 def read_split(data: DataConfig, split: Split) -> list[bytes]:
@@ -109,13 +116,9 @@ def _usable_files(root: Path, data: DataConfig) -> list[str]:
             usable.append(path)
     for reason, paths in left_out.items():
         if paths:
-            logging.info(
-                "data.path=%r: left out %d of %d files (%s), e.g. %r",
-                data.path,
-                len(paths),
-                len(found),
-                reason,
-                paths[0],
+            _log_once(
+                f"data.path={data.path!r}: left out {len(paths)} of {len(found)} files "
+                f"({reason}), e.g. {paths[0]!r}"
             )
     if not usable:
         raise ValueError(
