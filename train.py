@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bmojo_jax import closing, config, console, trainer
+from bmojo_jax import checks, closing, config, console, trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The settings of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     logging.info("%d %s device(s)", jax.device_count(), jax.devices()[0].device_kind)
     try:
         outcome = trainer.train(settings, workdir)
-    except (trainer.SettingsError, trainer.NonFiniteError) as error:
+    except (checks.SettingsError, trainer.NonFiniteError) as error:
         console.fail(error)
     closing.report(settings, outcome, workdir)
 

@@ -30,20 +30,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
-from bmojo_jax import evaluate, losses, metrics, model, optim, sharding
+from bmojo_jax import checks, evaluate, losses, metrics, model, optim, sharding
 from bmojo_jax.checkpoint import Checkpoints
-from bmojo_jax.config import TrainConfig, from_dict, to_dict
+from bmojo_jax.config import TrainConfig, to_dict
 from bmojo_jax.data import pipeline, sources, tokenizers
 from bmojo_jax.metrics import Reporter
-from pallas_kernels.memory_attention.api import IMPLEMENTATIONS as ATTENTION_IMPLEMENTATIONS
-from pallas_kernels.selective_scan.api import IMPLEMENTATIONS as SCAN_IMPLEMENTATIONS
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
-
-# What of these sections may differ between a run and its continuation: nothing that changes the
-# parameters' shapes or which batch comes next (each of data.workers reads documents of its own).
-_FREE_MODEL_FIELDS = {"compute_dtype", "remat", "scan_implementation", "attention_implementation"}
 
 
 class TrainState(NamedTuple):
@@ -66,10 +60,6 @@ def make_deterministic() -> None:
     chosen = os.environ.get("XLA_FLAGS", "")
     if option not in chosen:
         os.environ["XLA_FLAGS"] = f"{chosen} {option}=true".strip()
-
-
-class SettingsError(ValueError):
-    """The settings do not fit together, or the devices, the data, or the run they continue."""
 
 
 class NonFiniteError(RuntimeError):
@@ -196,24 +186,6 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     )
 
 
-def check_continuation(before: dict[str, Any], step: int, now: TrainConfig) -> None:
-    """Raises ValueError if `now` cannot continue a run that has made `step` steps with `before`."""
-    old = from_dict(TrainConfig, before)
-    if now.steps < step:
-        raise ValueError(
-            f"steps={now.steps}: must be at least {step}, which the run in this work directory "
-            "has made already (or choose another work directory)"
-        )
-    for section, free in (("model", _FREE_MODEL_FIELDS), ("data", set())):
-        was, is_ = to_dict(getattr(old, section)), to_dict(getattr(now, section))
-        for field, value in is_.items():
-            if field not in free and was[field] != value:
-                raise ValueError(
-                    f"{section}.{field}={value!r}: must be {was[field]!r}, with which the run in "
-                    "this work directory was started (or choose another work directory)"
-                )
-
-
 def write_config(config: TrainConfig, workdir: pathlib.Path) -> None:
     """Leaves the resolved settings in `config.json`."""
     if jax.process_index():
@@ -257,19 +229,19 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
     """Trains to `config.steps`, from the latest checkpoint in `workdir` if there is one.
 
     Raises:
-      SettingsError: the settings do not fit; nothing was compiled or written.
+      checks.SettingsError: the settings do not fit; nothing was compiled or written.
       NonFiniteError: `non_finite` is "stop" and a loss or gradient was not finite.
     """
     workdir = pathlib.Path(workdir)
-    with _settings_errors():
+    with checks.settings_errors():
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_divisible(config, mesh)
-        check_processes(config, mesh)
-        check_vocabulary(config)
-        check_precision(config)
-        check_workdir(workdir)
+        checks.check_processes(config, mesh)
+        checks.check_vocabulary(config)
+        checks.check_precision(config)
+        checks.check_workdir(workdir)
         program = make_program(config, mesh)
-        check_implementations(config, program)
+        checks.check_implementations(config, program)
         source = sources.open_source(config.data, "train")
         batches = pipeline.train_iterator(
             source,
@@ -290,13 +262,13 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
         )
         latest = checkpoints.latest_step()
         if latest is not None:
-            with _settings_errors():
-                check_continuation(checkpoints.config(), latest, config)
+            with checks.settings_errors():
+                checks.check_continuation(checkpoints.config(), latest, config)
         stack.enter_context(jax.set_mesh(mesh))
         if latest is None:
             state, start = program.init(), 0
         else:
-            with _settings_errors():
+            with checks.settings_errors():
                 state, place = checkpoints.restore(program.abstract_state)
                 if place["documents"] == source.fingerprint():
                     batches.set_state(place["iterator"])
@@ -353,14 +325,6 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
     return Outcome(step, state.params, validation, interrupted=step < config.steps)
 
 
-@contextlib.contextmanager
-def _settings_errors() -> Generator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-
-
 def _agreed(stop: bool, step: int, config: TrainConfig) -> bool:
     """Whether to stop after this step, the same on all processes: they save together."""
     if jax.process_count() == 1:
@@ -392,59 +356,3 @@ def check_finite(
         f"{report}. {kept}. The same command continues from there: lower optim.learning_rate or "
         'optim.clip_norm, or skip such updates with non_finite="skip".'
     )
-
-
-def check_workdir(workdir: pathlib.Path) -> None:
-    """Raises ValueError if no directory can be there."""
-    nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"workdir={str(workdir)!r}: {nearest} must be a directory to write to")
-
-
-def check_processes(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises ValueError if processes would need the same rows, as each reads rows of its own."""
-    for devices in mesh.devices.reshape(-1, mesh.shape["tensor"]):
-        if len({device.process_index for device in devices}) > 1:
-            raise ValueError(
-                f"mesh.tensor={config.mesh.tensor}: must be a divisor of the number of devices of "
-                f"a process, {jax.local_device_count()}"
-            )
-
-
-def check_precision(config: TrainConfig) -> None:
-    """Raises ValueError if JAX would quietly compute in less than the settings say."""
-    wanted = config.model.compute_dtype
-    if jax.dtypes.canonicalize_dtype(wanted) != wanted:
-        raise ValueError(
-            f"model.compute_dtype={wanted!r}: must be 'float32' or 'bfloat16' unless JAX has "
-            "64-bit types (JAX_ENABLE_X64=1)"
-        )
-
-
-def check_implementations(config: TrainConfig, program: Program) -> None:
-    """Raises ValueError if an implementation that the settings name cannot run this model."""
-    named = False
-    for field, known in (
-        ("scan_implementation", SCAN_IMPLEMENTATIONS),
-        ("attention_implementation", ATTENTION_IMPLEMENTATIONS),
-    ):
-        name = getattr(config.model, field)
-        if name is not None and name not in known:
-            raise ValueError(f"model.{field}={name!r}: must be None or one of {sorted(known)}")
-        named |= name is not None
-    if named:  # else what cannot run is passed over
-        shape = (config.data.batch_size, config.data.sequence_length)
-        ints, floats = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
-        batch = {"inputs": ints, "targets": ints, "weights": floats, "positions": ints}
-        with jax.set_mesh(program.mesh):
-            jax.eval_shape(program.step, program.abstract_state, batch)
-
-
-def check_vocabulary(config: TrainConfig) -> None:
-    """Raises ValueError if the model cannot tell all tokens apart."""
-    needed = tokenizers.make_tokenizer(config.data.tokenizer).vocab_size
-    if config.model.vocab_size < needed:
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size}: must be at least {needed} for "
-            f"data.tokenizer={config.data.tokenizer!r}"
-        )

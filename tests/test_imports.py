@@ -15,7 +15,7 @@ LAYERS = [
     {"bmojo_jax.ssm", "bmojo_jax.attention"},
     {"bmojo_jax.bmojo"},
     {"bmojo_jax.model", "bmojo_jax.presets", "bmojo_jax.losses", "bmojo_jax.optim"},
-    {"bmojo_jax.data", "bmojo_jax.metrics", "bmojo_jax.checkpoint"},
+    {"bmojo_jax.data", "bmojo_jax.metrics", "bmojo_jax.checkpoint", "bmojo_jax.checks"},
     {"bmojo_jax.evaluate", "bmojo_jax.generate"},
     {"bmojo_jax.trainer"},
     {"bmojo_jax.closing"},

@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from bmojo_jax import checkpoint, closing, metrics, optim, paths, presets, sharding, trainer
+from bmojo_jax import checkpoint, checks, closing, metrics, optim, paths, presets, sharding, trainer
 from bmojo_jax.checkpoint import Checkpoints
 from bmojo_jax.config import MeshConfig, TrainConfig, to_dict
 from bmojo_jax.data import pipeline, sources
@@ -372,7 +372,7 @@ def test_the_checkpoint_of_another_number_of_processes(finished, folder, tmp_pat
     with Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=1) as checkpoints:
         program = _program(_resumed_config(folder))
         checkpoints.save(7, program.init(), {}, to_dict(_resumed_config(folder)))
-    with pytest.raises(trainer.SettingsError, match=r"saved by 2 processes, .* among 1"):
+    with pytest.raises(checks.SettingsError, match=r"saved by 2 processes, .* among 1"):
         trainer.train(dataclasses.replace(_resumed_config(folder), steps=8), workdir)
 
 
@@ -400,7 +400,7 @@ def test_a_second_ctrl_c_interrupts():
 def test_a_run_is_not_continued_as_another(changes, message, finished, folder):
     config = _resumed_config(folder)
     with pytest.raises(ValueError, match=message):
-        trainer.check_continuation(
+        checks.check_continuation(
             to_dict(config),
             6,
             dataclasses.replace(
@@ -422,7 +422,7 @@ def test_what_a_continuation_may_change(folder):
         model={"remat": "full", "compute_dtype": "bfloat16"},
         mesh={"fsdp": 2},
     )
-    trainer.check_continuation(json.loads(json.dumps(before)), 6, now)
+    checks.check_continuation(json.loads(json.dumps(before)), 6, now)
 
 
 def test_another_model_is_refused_before_anything_is_written(finished, folder):
@@ -431,7 +431,7 @@ def test_another_model_is_refused_before_anything_is_written(finished, folder):
     config = dataclasses.replace(
         _resumed_config(folder), model=dataclasses.replace(TINY, eidetic_positions="none")
     )
-    with pytest.raises(trainer.SettingsError, match=r"model\.eidetic_positions='none'"):
+    with pytest.raises(checks.SettingsError, match=r"model\.eidetic_positions='none'"):
         trainer.train(config, workdir)
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
@@ -455,14 +455,14 @@ def test_another_model_is_refused_before_anything_is_written(finished, folder):
 )
 def test_settings_that_do_not_fit_leave_no_files(changes, message, folder, tmp_path):
     workdir = tmp_path / "run"
-    with pytest.raises(trainer.SettingsError, match=message):
+    with pytest.raises(checks.SettingsError, match=message):
         trainer.train(tiny_run(folder, **changes), workdir)
     assert not workdir.exists()
 
 
 def test_the_work_directory_must_be_one(folder, tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(trainer.SettingsError, match=r"workdir=.*/file/run'.*/file must be a dir"):
+    with pytest.raises(checks.SettingsError, match=r"workdir=.*/file/run'.*/file must be a dir"):
         trainer.train(tiny_run(folder), tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "kept"
 

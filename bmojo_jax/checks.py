@@ -1,0 +1,111 @@
+"""What is checked before a run compiles or writes anything.
+
+A dataclass of `config.py` checks itself when it is made; here is what needs more than the settings:
+devices, tokenizer, files, the run that is continued. Each check raises a ValueError that names the
+setting, its value and what would be valid.
+"""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Generator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from bmojo_jax.config import TrainConfig, from_dict, to_dict
+from bmojo_jax.data import tokenizers
+from pallas_kernels.memory_attention.api import IMPLEMENTATIONS as ATTENTION_IMPLEMENTATIONS
+from pallas_kernels.selective_scan.api import IMPLEMENTATIONS as SCAN_IMPLEMENTATIONS
+
+# What of these sections may differ between a run and its continuation: nothing that changes the
+# parameters' shapes or which batch comes next (each of data.workers reads documents of its own).
+_FREE_MODEL_FIELDS = {"compute_dtype", "remat", "scan_implementation", "attention_implementation"}
+
+
+class SettingsError(ValueError):
+    """The settings do not fit together, or the devices, the data, or the run they continue."""
+
+
+@contextlib.contextmanager
+def settings_errors() -> Generator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def check_vocabulary(config: TrainConfig) -> None:
+    """Raises ValueError if the model cannot tell all tokens apart."""
+    needed = tokenizers.make_tokenizer(config.data.tokenizer).vocab_size
+    if config.model.vocab_size < needed:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}: must be at least {needed} for "
+            f"data.tokenizer={config.data.tokenizer!r}"
+        )
+
+
+def check_precision(config: TrainConfig) -> None:
+    """Raises ValueError if JAX would quietly compute in less than the settings say."""
+    wanted = config.model.compute_dtype
+    if jax.dtypes.canonicalize_dtype(wanted) != wanted:
+        raise ValueError(
+            f"model.compute_dtype={wanted!r}: must be 'float32' or 'bfloat16' unless JAX has "
+            "64-bit types (JAX_ENABLE_X64=1)"
+        )
+
+
+def check_processes(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises ValueError if processes would need the same rows, as each reads rows of its own."""
+    for devices in mesh.devices.reshape(-1, mesh.shape["tensor"]):
+        if len({device.process_index for device in devices}) > 1:
+            raise ValueError(
+                f"mesh.tensor={config.mesh.tensor}: must be a divisor of the number of devices of "
+                f"a process, {jax.local_device_count()}"
+            )
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+    """Raises ValueError if no directory can be there."""
+    nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"workdir={str(workdir)!r}: {nearest} must be a directory to write to")
+
+
+def check_implementations(config: TrainConfig, program: Any) -> None:
+    """Raises ValueError if an implementation that the settings name cannot run this model."""
+    named = False
+    for field, known in (
+        ("scan_implementation", SCAN_IMPLEMENTATIONS),
+        ("attention_implementation", ATTENTION_IMPLEMENTATIONS),
+    ):
+        name = getattr(config.model, field)
+        if name is not None and name not in known:
+            raise ValueError(f"model.{field}={name!r}: must be None or one of {sorted(known)}")
+        named |= name is not None
+    if named:  # else what cannot run is passed over
+        shape = (config.data.batch_size, config.data.sequence_length)
+        ints, floats = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
+        batch = {"inputs": ints, "targets": ints, "weights": floats, "positions": ints}
+        with jax.set_mesh(program.mesh):
+            jax.eval_shape(program.step, program.abstract_state, batch)
+
+
+def check_continuation(before: dict[str, Any], step: int, now: TrainConfig) -> None:
+    """Raises ValueError if `now` cannot continue a run that has made `step` steps with `before`."""
+    old = from_dict(TrainConfig, before)
+    if now.steps < step:
+        raise ValueError(
+            f"steps={now.steps}: must be at least {step}, which the run in this work directory "
+            "has made already (or choose another work directory)"
+        )
+    for section, free in (("model", _FREE_MODEL_FIELDS), ("data", set())):
+        was, is_ = to_dict(getattr(old, section)), to_dict(getattr(now, section))
+        for field, value in is_.items():
+            if field not in free and was[field] != value:
+                raise ValueError(
+                    f"{section}.{field}={value!r}: must be {was[field]!r}, with which the run in "
+                    "this work directory was started (or choose another work directory)"
+                )
