@@ -7,32 +7,49 @@ Prints a table and writes DIR/eval/<suite>.json and .png. Suites:
 """
 
 import dataclasses
+import inspect
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 
 from bmojo_jax import checkpoint, console, evaluate, sharding
 from bmojo_jax.config import MeshConfig
-from bmojo_jax.data import sources
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of a run.", required=True)
-_SUITE = flags.DEFINE_enum("suite", "validation", ["validation", "memory"], "What to measure.")
-_CONTEXTS = flags.DEFINE_list(
-    "contexts", None, "Context lengths in tokens; default: 64 to 4 times the training length."
-)
+_SUITE = flags.DEFINE_enum("suite", "validation", list(evaluate.SUITES), "What to measure.")
 _STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; default: the latest.")
 _DATA_PATH = flags.DEFINE_string(
-    "data_path", None, "Another folder to evaluate on; default: that of the run."
+    "data_path", None, "Other documents to evaluate on; default: those of the run."
 )
-_BATCHES = flags.DEFINE_integer(
-    "batches", None, "Validation batches; 0: the whole split.", lower_bound=0
-)
+_OUTPUT = flags.DEFINE_string("output", None, "Where results go; default: WORKDIR/eval.")
+
+# Options of suites, each a keyword of `run` of those that know it.
+flags.DEFINE_list("contexts", None, "Context lengths in tokens.")
+flags.DEFINE_integer("batches", None, "Batches; 0: the whole split.", lower_bound=0)
 flags.register_validator(
     "contexts",
     lambda texts: texts is None or all(x.isdecimal() and int(x) > 0 for x in texts),
     message="must be positive integers",
 )
+_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "contexts": lambda texts: tuple(map(int, texts)),
+    "batches": int,
+}
+
+
+def _options(suite: str) -> dict[str, Any]:
+    """The given options, of those that the suite has."""
+    known = inspect.signature(evaluate.SUITES[suite].run).parameters
+    given = {name: flags.FLAGS[name].value for name in _OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in known:
+            valid = [f"--{option}" for option in _OPTIONS if option in known]
+            raise ValueError(f"--{name}: must be one of the options of {suite}: {valid}")
+    return {name: _OPTIONS[name](value) for name, value in given.items()}
 
 
 def main(argv: list[str]) -> None:
@@ -41,6 +58,7 @@ def main(argv: list[str]) -> None:
     console.show_messages(logging.WARNING)
     workdir = pathlib.Path(_WORKDIR.value)
     try:
+        options = _options(_SUITE.value)
         mesh = sharding.make_mesh(MeshConfig())
         trained = checkpoint.load(workdir, step=_STEP.value, mesh=mesh)
         if _DATA_PATH.value is not None:
@@ -48,18 +66,13 @@ def main(argv: list[str]) -> None:
             trained = dataclasses.replace(
                 trained, config=dataclasses.replace(trained.config, data=data)
             )
-        sources.open_source(trained.config.data, "validation")
+        result = evaluate.SUITES[_SUITE.value].run(trained, **options)
     except (FileNotFoundError, ValueError) as error:
         console.fail(error)
-    options = {} if _BATCHES.value is None else {"batches": _BATCHES.value}
-    if _SUITE.value == "memory":
-        result = evaluate.memory_suite(trained, **options)
-    else:
-        contexts = None if _CONTEXTS.value is None else tuple(map(int, _CONTEXTS.value))
-        result = evaluate.validation_suite(trained, contexts=contexts, **options)
     print(evaluate.table(result))
-    evaluate.write(result, workdir / "eval")
-    print(f"\nwritten to {workdir / 'eval'}")
+    output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else workdir / "eval"
+    evaluate.write(result, output)
+    print(f"\nwritten to {output}")
 
 
 if __name__ == "__main__":

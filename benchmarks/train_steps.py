@@ -23,6 +23,7 @@ from absl import app, flags
 from bmojo_jax import metrics, presets, sharding, trainer
 from bmojo_jax.config import MeshConfig, OptimConfig, TrainConfig
 from bmojo_jax.data import pipeline, sources
+from bmojo_jax.data.tokenizers import ByteTokenizer
 from configs import quickstart
 
 _OUT = flags.DEFINE_string("out", None, "Folder for train_steps.json.", required=True)
@@ -48,11 +49,12 @@ def settings(family: Any, size: Any) -> TrainConfig:
 def measure(config: TrainConfig) -> dict[str, Any]:
     """Trains; the first step compiles and is timed apart."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    program = trainer.make_program(config, mesh)
+    program = trainer.make_program(config, mesh, ByteTokenizer())
     batches = pipeline.train_iterator(
         sources.open_source(config.data, "train"),
         config.data,
         config.model.chunk,
+        ByteTokenizer(),
         process_index=0,
         process_count=1,
     )

@@ -26,7 +26,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from bmojo_jax import model, paths, sharding
-from bmojo_jax.config import TrainConfig, from_dict
+from bmojo_jax.config import TrainConfig
+from bmojo_jax.data import tokenizers
+from bmojo_jax.data.tokenizers import Tokenizer
+from bmojo_jax.settings import from_dict
 
 DataState = dict[str, Any]  # JSON-able
 _LOSS = "validation_loss"
@@ -253,6 +256,7 @@ class Trained:
     config: TrainConfig
     params: model.Params
     step: int
+    tokenizer: Tokenizer
 
 
 def load(
@@ -284,4 +288,5 @@ def load(
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement
         )
-        return Trained(config, checkpoints.restore_params(abstract, step), step)
+        params = checkpoints.restore_params(abstract, step)
+        return Trained(config, params, step, tokenizers.make_tokenizer(config.data))

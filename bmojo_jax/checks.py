@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from bmojo_jax.config import TrainConfig, from_dict, to_dict
-from bmojo_jax.data import tokenizers
+from bmojo_jax.config import TrainConfig
+from bmojo_jax.data.tokenizers import Tokenizer
+from bmojo_jax.settings import from_dict, to_dict
 from pallas_kernels.memory_attention.api import IMPLEMENTATIONS as ATTENTION_IMPLEMENTATIONS
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS as SCAN_IMPLEMENTATIONS
 
@@ -37,9 +38,9 @@ def settings_errors() -> Generator[None]:
         raise SettingsError(str(error)) from error
 
 
-def check_vocabulary(config: TrainConfig) -> None:
+def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Raises ValueError if the model cannot tell all tokens apart."""
-    needed = tokenizers.make_tokenizer(config.data.tokenizer).vocab_size
+    needed = tokenizer.vocab_size
     if config.model.vocab_size < needed:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size}: must be at least {needed} for "

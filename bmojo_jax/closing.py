@@ -8,7 +8,7 @@ import jax
 
 from bmojo_jax import generate
 from bmojo_jax.config import TrainConfig
-from bmojo_jax.data import baselines, sources, tokenizers
+from bmojo_jax.data import baselines, sources
 from bmojo_jax.trainer import Outcome
 
 _SAMPLING = generate.Sampling(temperature=0.8, top_p=0.95)
@@ -28,7 +28,7 @@ def report(config: TrainConfig, outcome: Outcome, workdir: pathlib.Path) -> None
     if config.sample_tokens and jax.process_count() > 1:
         print(f"no sample of several processes: python -m bmojo_jax.generate --workdir {workdir}")
     elif config.sample_tokens:
-        tokenizer = tokenizers.make_tokenizer(config.data.tokenizer)
+        tokenizer = outcome.tokenizer
         prompt = [tokenizer.boundary_id, *tokenizer.encode(config.sample_prompt).tolist()]
         (ids,) = generate.generate(
             config.model,

@@ -1,8 +1,8 @@
 """Every setting of a model and of a run, as frozen dataclasses that check themselves.
 
-A config file (`configs/*.py`) returns `to_config_dict(TrainConfig(...))`, so that absl flags can
-override any field (`--config.model.window=128`); `from_config_dict` turns the result back into
-dataclasses. Each dataclass checks its own fields when it is made and `TrainConfig` those that
+A config file (`configs/*.py`) returns `settings.to_config_dict(TrainConfig(...))`, so that absl
+flags can override any field (`--config.model.window=128`); `from_config_dict` turns the result back
+into dataclasses. Each dataclass checks its own fields when it is made and `TrainConfig` those that
 concern several, so nothing is compiled or written with a bad setting. The default of a field
 stands here and nowhere else.
 """
@@ -10,13 +10,12 @@ stands here and nowhere else.
 import dataclasses
 import difflib
 import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import ml_collections
-from ml_collections import config_dict
+
+from bmojo_jax import settings
+from bmojo_jax.settings import check_at_least, check_literals, require
 
 MIXERS = ("mamba", "swa", "attention", "bmojo_f", "bmojo")
 
@@ -27,34 +26,6 @@ class BlockSpec:
 
     mixer: str
     mlp: bool
-
-
-def _require(valid: bool, field: str, value: object, wanted: str) -> None:
-    if not valid:
-        raise ValueError(f"{field}={value!r}: must be {wanted}")
-
-
-def _check_literals(prefix: str, config: Any) -> None:
-    for field in dataclasses.fields(config):
-        _check_literal(f"{prefix}{field.name}", field.type, getattr(config, field.name))
-
-
-def _check_literal(name: str, annotation: Any, value: Any) -> None:
-    """Checks a field annotated as a Literal against its choices."""
-    if typing.get_origin(annotation) is Literal:
-        choices = typing.get_args(annotation)
-        _require(value in choices, name, value, f"one of {choices}")
-
-
-def _check_at_least(prefix: str, config: Any, minimum: float | int, names: Sequence[str]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(
-            isinstance(value, int | float) and math.isfinite(value) and value >= minimum,
-            f"{prefix}{name}",
-            value,
-            f"a number >= {minimum}",
-        )
 
 
 def parse_pattern(pattern: str) -> tuple[BlockSpec, ...]:
@@ -124,8 +95,8 @@ class ModelConfig:
     attention_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        _check_literals("model.", self)
-        _check_at_least(
+        check_literals("model.", self)
+        check_at_least(
             "model.",
             self,
             1,
@@ -134,27 +105,27 @@ class ModelConfig:
                 "ssm_expand ssm_state conv_taps mlp_width"
             ).split(),
         )
-        _check_at_least("model.", self, 0, ("eidetic_tokens",))
+        check_at_least("model.", self, 0, ("eidetic_tokens",))
         if self.fading_window is not None:
-            _check_at_least("model.", self, 0, ("fading_window",))
-        _require(
+            check_at_least("model.", self, 0, ("fading_window",))
+        require(
             1 < self.rope_theta < math.inf, "model.rope_theta", self.rope_theta, "> 1 and finite"
         )
-        _require(0 < self.norm_eps < math.inf, "model.norm_eps", self.norm_eps, "> 0 and finite")
+        require(0 < self.norm_eps < math.inf, "model.norm_eps", self.norm_eps, "> 0 and finite")
         length = len(self.blocks)
-        _require(
+        require(
             self.depth % length == 0,
             "model.depth",
             self.depth,
             f"a multiple of the pattern's {length} blocks ({self.pattern!r})",
         )
-        _require(
+        require(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_kv_heads",
             self.num_kv_heads,
             f"a divisor of model.num_heads={self.num_heads}",
         )
-        _require(
+        require(
             self.head_width % 2 == 0, "model.head_width", self.head_width, "even (rotary pairs)"
         )
 
@@ -200,30 +171,66 @@ class OptimConfig:
     accumulate: int = 1  # micro-batches that one update averages over
 
     def __post_init__(self) -> None:
-        _check_literals("optim.", self)
+        check_literals("optim.", self)
         for name in ("learning_rate", "clip_norm", "eps"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"optim.{name}", value, "> 0 and finite")
-        _check_at_least("optim.", self, 0, ("warmup_steps", "weight_decay"))
-        _check_at_least("optim.", self, 1, ("accumulate",))
+            require(0 < value < math.inf, f"optim.{name}", value, "> 0 and finite")
+        check_at_least("optim.", self, 0, ("warmup_steps", "weight_decay"))
+        check_at_least("optim.", self, 1, ("accumulate",))
         for name in ("decay_fraction", "final_fraction"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"optim.{name}", value, "in [0, 1]")
+            require(0 <= value <= 1, f"optim.{name}", value, "in [0, 1]")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
+            require(0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Documents and how they become rows of tokens."""
+class SourceConfig:
+    """Documents: where they come from."""
 
-    source: Literal["text_folder"] = "text_folder"
-    path: str = ""  # the folder
-    include: str = ""  # glob below path, e.g. "**/*.txt"; empty: every file without NUL bytes
+    # text: files with one document each, JSONL and tar, each also as .gz, .xz, .zst;
+    # tfds: a dataset of TensorFlow Datasets; tokens: what bmojo_jax.data.tokenize has written;
+    # needles: generated prompts (bmojo_jax/data/tasks/needles.py).
+    source: Literal["text", "tfds", "tokens", "needles"] = "text"
+    # text: a folder or one file; tfds: its data_dir, empty for the usual one; tokens: the folder;
+    # needles: text to hide them in, as for source "text"; empty: a repeated sentence.
+    path: str = ""
+    # text, needles: glob of documents, e.g. "**/*.txt" or "**/train/*" (what lies in an archive is
+    # named ARCHIVE/MEMBER); empty: every file without NUL bytes.
+    include: str = ""
     exclude: tuple[str, ...] = ()  # names of folders, anywhere below path, to leave out
-    validation_fraction: float = 0.05  # whole files, by a hash of their relative path
-    tokenizer: Literal["bytes"] = "bytes"
+    # tfds: NAME, NAME/CONFIG or NAME/CONFIG:VERSION; needles: variants, comma-separated, e.g.
+    # "single_1,multikey_1"; empty: all of them.
+    name: str = ""
+    split: str = "train"  # tfds, tokens: the split to train on
+    text_field: str = "text"  # JSONL, tfds: the field that holds a document
+    weight: float = 1.0  # share of the training rows, relative to the other sources
+
+    def check(self, prefix: str) -> None:
+        """Raises ValueError naming the field, e.g. "data.weight" with prefix "data."."""
+        check_literals(prefix, self)
+        require(
+            0 < self.weight < math.inf, f"{prefix}weight", self.weight, "a number > 0 and finite"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Documents and how they become rows of tokens. The inherited fields are the main source."""
+
+    mixed_in: tuple[SourceConfig, ...] = ()  # further sources; they are trained on only
+    # Held out of the main source. text: the glob of the documents, as `include`; empty: a fraction
+    # of those that `include` matches, by a hash of their names.
+    validation_include: str = ""
+    validation_fraction: float = 0.05
+    validation_split: str = "validation"  # tfds, tokens
+    # "bytes", or the path of a tokenizer.json (Hugging Face tokenizers) or *.model (SentencePiece).
+    tokenizer: str = "bytes"
+    # The token between documents; empty: the first of the usual ones that the tokenizer has.
+    boundary_token: str = ""
+    not_utf8: Literal["skip", "replace"] = "skip"  # documents that are not; "replace": by U+FFFD
+    longest_document: int = 16 * 2**20  # bytes; a longer document of plain text is cut into several
     sequence_length: int = 1024  # L
     batch_size: int = 8  # rows of a step, over all devices and micro-batches
     # "anywhere": documents follow one another; "chunk": each starts at a multiple of
@@ -236,10 +243,18 @@ class DataConfig:
     workers: int = 0  # reader processes; 0 reads in threads of this process
 
     def __post_init__(self) -> None:
-        _check_literals("data.", self)
-        _check_at_least("data.", self, 1, ("sequence_length", "batch_size", "shuffle_window"))
-        _check_at_least("data.", self, 0, ("workers", "seed"))
-        _require(
+        self.check("data.")
+        for i, source in enumerate(self.mixed_in):
+            source.check(f"data.mixed_in[{i}].")
+        require(self.tokenizer != "", "data.tokenizer", "", '"bytes" or the path of a file')
+        check_at_least(
+            "data.",
+            self,
+            1,
+            ("sequence_length", "batch_size", "shuffle_window", "longest_document"),
+        )
+        check_at_least("data.", self, 0, ("workers", "seed"))
+        require(
             0 < self.validation_fraction < 1,
             "data.validation_fraction",
             self.validation_fraction,
@@ -258,14 +273,14 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            _require(
+            require(
                 isinstance(size, int) and (size == -1 or size >= 1),
                 f"mesh.{name}",
                 size,
                 "-1 or a positive integer",
             )
         free = [name for name, size in sizes.items() if size == -1]
-        _require(len(free) <= 1, f"mesh.{'/'.join(free)}", -1, "-1 for one axis at most")
+        require(len(free) <= 1, f"mesh.{'/'.join(free)}", -1, "-1 for one axis at most")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,29 +310,29 @@ class TrainConfig:
     compare_with: Literal["nothing", "zlib_and_bigram"] = "nothing"
 
     def __post_init__(self) -> None:
-        _check_literals("", self)
-        _check_at_least(
+        check_literals("", self)
+        check_at_least(
             "",
             self,
             1,
             "steps vocab_chunk log_every eval_every checkpoint_every keep_last".split(),
         )
-        _check_at_least(
+        check_at_least(
             "", self, 0, ("seed", "z_loss", "eval_batches", "keep_best", "sample_tokens")
         )
-        _require(
+        require(
             self.data.batch_size % self.optim.accumulate == 0,
             "data.batch_size",
             self.data.batch_size,
             f"a multiple of optim.accumulate={self.optim.accumulate}",
         )
-        _require(
+        require(
             self.compare_with == "nothing" or self.eval_batches == 0,
             "eval_batches",
             self.eval_batches,
             f"0, the whole split, with compare_with={self.compare_with!r}",
         )
-        _require(
+        require(
             self.optim.warmup_steps <= self.steps,
             "optim.warmup_steps",
             self.optim.warmup_steps,
@@ -325,99 +340,20 @@ class TrainConfig:
         )
 
 
-def _plain_type(annotation: Any) -> Any:
-    """The type behind an annotation such as `int | None`, `Literal["a", "b"]` or `str`."""
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return str
-    if origin in (types.UnionType, typing.Union):
-        return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return origin or annotation
-
-
-def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """A ConfigDict of a dataclass: what a config file returns and flags override."""
-    result = ml_collections.ConfigDict()
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            result[field.name] = to_config_dict(value)
-        elif value is None:
-            result[field.name] = config_dict.placeholder(_plain_type(field.type))
-        else:
-            result[field.name] = value
-    return result.lock()
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values of a dataclass, ready for JSON."""
-    return dataclasses.asdict(config)
-
-
-def setting_names(kind: Any = None, section: str = "") -> list[str]:
-    """The names of all settings, e.g. "model.window"."""
-    names = []
-    for field in dataclasses.fields(kind or TrainConfig):
-        if dataclasses.is_dataclass(field.type):
-            names += setting_names(field.type, f"{section}{field.name}.")
-        else:
-            names.append(section + field.name)
-    return names
+def setting_names() -> list[str]:
+    """The names of all settings of a run, e.g. "model.window"."""
+    return settings.names(TrainConfig)
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError if `name` is not a setting; suggests the nearest."""
-    if name not in setting_names():
-        raise ValueError(_unknown(name))
+    """Raises ValueError if `name` is not a setting; suggests the nearest.
 
-
-def _unknown(name: str) -> str:
-    def similarity(known: str) -> float:
-        # Twice the last part, so that a setting is also found under the wrong section.
-        whole = difflib.SequenceMatcher(None, name, known)
-        last = difflib.SequenceMatcher(None, name.split(".")[-1], known.split(".")[-1])
-        return whole.ratio() + last.ratio()
-
-    return f"{name} is not a setting; did you mean {max(setting_names(), key=similarity)}?"
-
-
-def from_dict[T](kind: type[T], values: Mapping[str, Any], section: str = "") -> T:
-    """Makes the dataclass `kind` of nested plain values, checking every name, type and value.
-
-    `section` prefixes the names in errors, e.g. "model.".
-
-    Raises:
-      ValueError: a field is unknown (the nearest known one is suggested), of the wrong type, or
-        has a bad value.
+    An element of a tuple is named by its place: "data.mixed_in[0].weight".
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # pyrefly: ignore
-    arguments = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise ValueError(_unknown(section + name))
-        annotation = fields[name].type
-        if dataclasses.is_dataclass(annotation):
-            arguments[name] = from_dict(annotation, value, f"{section}{name}.")  # pyrefly: ignore
-        else:
-            arguments[name] = _convert(annotation, value, f"{section}{name}")
-    return kind(**arguments)
-
-
-def _convert(annotation: Any, value: Any, name: str) -> Any:
-    optional = type(None) in typing.get_args(annotation)
-    plain = _plain_type(annotation)
-    if value is None and optional:
-        return None
-    if plain is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if plain is tuple and isinstance(value, list):
-        value = tuple(value)
-    right = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
-    _require(right, name, value, f"of type {plain.__name__}" + (" or None" if optional else ""))
-    _check_literal(name, annotation, value)
-    return value
+    if name.partition("[")[0] not in setting_names():
+        raise ValueError(settings.unknown(name, TrainConfig))
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> TrainConfig:
     """The checked TrainConfig of a (possibly overridden) ConfigDict."""
-    return from_dict(TrainConfig, config.to_dict())
+    return settings.from_dict(TrainConfig, settings.plain_values(config))

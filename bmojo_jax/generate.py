@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
 
 def _print_continuation(trained: checkpoint.Trained, sampling: Sampling) -> None:
     values = flags.FLAGS
-    tokenizer = tokenizers.make_tokenizer(trained.config.data.tokenizer)
+    tokenizer = trained.tokenizer
     decoder = tokenizers.StreamingDecoder(tokenizer)
     prompt = [tokenizer.boundary_id, *tokenizer.encode(values.prompt).tolist()]
     print(values.prompt, end="", flush=True)

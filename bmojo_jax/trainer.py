@@ -30,11 +30,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
-from bmojo_jax import checks, evaluate, losses, metrics, model, optim, sharding
+from bmojo_jax import checks, losses, metrics, model, optim, sharding
 from bmojo_jax.checkpoint import Checkpoints
-from bmojo_jax.config import TrainConfig, to_dict
+from bmojo_jax.config import TrainConfig
 from bmojo_jax.data import pipeline, sources, tokenizers
+from bmojo_jax.data.tokenizers import Tokenizer
+from bmojo_jax.evaluate import validation
 from bmojo_jax.metrics import Reporter
+from bmojo_jax.settings import to_dict
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
@@ -102,8 +105,9 @@ def train_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     batch: Batch,
+    token_bytes_V: Int[Array, " V"],
 ) -> tuple[TrainState, Metrics]:
-    """One update. `batch` holds arrays [B, L]; see `bmojo_jax.data`."""
+    """One update. `batch` holds arrays [B, L], see `bmojo_jax.data`; V is the tokenizer's."""
     pieces = config.optim.accumulate
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]), batch)
     gradient = jax.grad(lambda params, part: loss_sums(config, params, part), has_aux=True)
@@ -134,7 +138,6 @@ def train_step(
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         key=state.key,
     )
-    token_bytes_V = jnp.asarray(tokenizers.make_tokenizer(config.data.tokenizer).token_bytes_V())
     num_bytes = jnp.sum(token_bytes_V[batch["targets"]] * batch["weights"])
     schedule = optim.make_schedule(config.optim, config.steps)
     measured = {
@@ -161,19 +164,20 @@ class Program:
     abstract_state: TrainState  # shapes with shardings, for restoring
 
 
-def make_program(config: TrainConfig, mesh: Mesh) -> Program:
+def make_program(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> Program:
     """Builds what runs on the devices; nothing is compiled before it is called."""
     shapes = jax.eval_shape(lambda: model.init_params(config.model, jax.random.key(0)))
     optimizer = optim.make_optimizer(config.optim, config.steps, shapes)
     state_shapes = jax.eval_shape(lambda: init_state(config, optimizer))
     shardings = sharding.state_shardings(mesh, state_shapes.params, state_shapes)
     replicated = NamedSharding(mesh, PartitionSpec())
+    token_bytes_V = jnp.asarray(tokenizer.token_bytes_V())
     return Program(
         mesh=mesh,
         state_shardings=shardings,
         init=jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings),
         step=jax.jit(
-            lambda state, batch: train_step(config, optimizer, state, batch),
+            lambda state, batch: train_step(config, optimizer, state, batch, token_bytes_V),
             in_shardings=(shardings, sharding.batch_sharding(mesh)),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
@@ -221,7 +225,8 @@ class Outcome:
 
     step: int
     params: model.Params
-    validation: evaluate.Validation | None  # of the last evaluation
+    tokenizer: Tokenizer
+    validation: validation.Validation | None  # of the last evaluation
     interrupted: bool  # by SIGTERM or SIGINT, after a checkpoint
 
 
@@ -237,16 +242,18 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_divisible(config, mesh)
         checks.check_processes(config, mesh)
-        checks.check_vocabulary(config)
+        tokenizer = tokenizers.make_tokenizer(config.data)
+        checks.check_vocabulary(config, tokenizer)
         checks.check_precision(config)
         checks.check_workdir(workdir)
-        program = make_program(config, mesh)
+        program = make_program(config, mesh, tokenizer)
         checks.check_implementations(config, program)
         source = sources.open_source(config.data, "train")
         batches = pipeline.train_iterator(
             source,
             config.data,
             config.model.chunk,
+            tokenizer,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -291,9 +298,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
             flops_per_token=metrics.flops_per_token(config.model, config.data.sequence_length),
         )
         stack.callback(reporter.close)
-        validate = evaluate.make_validator(config, mesh)
+        validate = validation.make_validator(config, mesh, tokenizer)
 
-        step, validation = start, None
+        step, validated = start, None
         for step in range(start + 1, config.steps + 1):
             state, measured = program.step(state, sharding.place_batch(next(batches), mesh))
             check_finite(config, step - 1, reporter.train(step, measured), checkpoints)
@@ -307,9 +314,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
                 with reporter.paused():
                     validation_loss = None
                     if evaluates:
-                        validation = validate(state.params)
-                        validation_loss = validation.loss
-                        reporter.validation(step, validation.metrics())
+                        validated = validate(state.params)
+                        validation_loss = validated.loss
+                        reporter.validation(step, validated.metrics())
                     if saves:
                         checkpoints.save(
                             step,
@@ -320,9 +327,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
                         )
             if stops:
                 break
-        if validation is None and step == config.steps:  # the run had ended before
-            validation = validate(state.params)
-    return Outcome(step, state.params, validation, interrupted=step < config.steps)
+        if validated is None and step == config.steps:  # the run had ended before
+            validated = validate(state.params)
+    return Outcome(step, state.params, tokenizer, validated, interrupted=step < config.steps)
 
 
 def _agreed(stop: bool, step: int, config: TrainConfig) -> bool:

@@ -15,7 +15,8 @@ pass; not measured above 130m. All devices are used, batch and parameters cut ov
 import dataclasses
 
 from bmojo_jax import presets
-from bmojo_jax.config import DataConfig, OptimConfig, TrainConfig, to_config_dict
+from bmojo_jax.config import DataConfig, OptimConfig, TrainConfig
+from bmojo_jax.settings import to_config_dict
 
 # Micro-batches of a batch of 131,072 tokens.
 ACCUMULATE = {"370m": 4, "790m": 8, "1_4b": 16, "3b": 32}

@@ -16,8 +16,8 @@ from bmojo_jax.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    to_config_dict,
 )
+from bmojo_jax.settings import to_config_dict
 
 
 def settings() -> TrainConfig:

@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from bmojo_jax import optim, sharding
 from bmojo_jax.checkpoint import Checkpoints
-from bmojo_jax.config import MeshConfig, OptimConfig, TrainConfig, from_dict, to_dict
+from bmojo_jax.config import MeshConfig, OptimConfig, TrainConfig
+from bmojo_jax.settings import from_dict, to_dict
 
 
 class State(NamedTuple):

@@ -12,6 +12,7 @@ from bmojo_jax.config import (
     OptimConfig,
     TrainConfig,
 )
+from bmojo_jax.settings import from_dict, to_config_dict, to_dict
 
 
 def test_round_trip_through_config_dict_and_json():
@@ -19,13 +20,13 @@ def test_round_trip_through_config_dict_and_json():
         model=ModelConfig(fading_window=7, pattern="mamba, swa+mlp", depth=6),
         data=DataConfig(exclude=("a", "b")),
     )
-    assert config.from_config_dict(config.to_config_dict(settings)) == settings
-    text = json.dumps(config.to_dict(settings))
-    assert config.from_dict(TrainConfig, json.loads(text)) == settings
+    assert config.from_config_dict(to_config_dict(settings)) == settings
+    text = json.dumps(to_dict(settings))
+    assert from_dict(TrainConfig, json.loads(text)) == settings
 
 
 def test_every_field_can_be_overridden():
-    values = config.to_config_dict(TrainConfig())
+    values = to_config_dict(TrainConfig())
     values.model.fading_window = 3  # None before
     values.optim.learning_rate = 0.5
     values.data.exclude = ("x",)
@@ -71,7 +72,7 @@ def test_every_field_can_be_overridden():
 @pytest.mark.usefixtures("annotations_off")
 def test_errors_name_field_value_and_what_would_be_valid(values, message):
     with pytest.raises(ValueError, match=message):
-        config.from_dict(TrainConfig, values)
+        from_dict(TrainConfig, values)
 
 
 def test_defaults_are_valid_and_frozen():

@@ -11,6 +11,7 @@ from bmojo_jax import checkpoint, evaluate, model, sharding, trainer
 from bmojo_jax.checkpoint import Trained
 from bmojo_jax.config import MeshConfig
 from bmojo_jax.data import pipeline, sources
+from bmojo_jax.evaluate import memory, validation
 from tests.runs import records, tiny_run, write_documents
 
 
@@ -60,7 +61,7 @@ def _nll_by_hand(trained, documents, context):
 
 def test_validation_suite(run, tmp_path):
     workdir, trained, documents = run
-    result = evaluate.validation_suite(trained, contexts=(32, 16, 5))
+    result = validation.run(trained, contexts=(32, 16, 5))
     assert [row["context"] for row in result["by_context"]] == [5, 16, 32]
     assert (result["step"], result["training_length"]) == (6, 16)
     num_bytes = sum(map(len, documents))
@@ -104,26 +105,26 @@ def test_default_contexts():
     at = lambda length: dataclasses.replace(  # noqa: E731
         config, data=dataclasses.replace(config.data, sequence_length=length)
     )
-    assert evaluate.default_contexts(at(256)) == (64, 128, 256, 512, 1024)
-    assert evaluate.default_contexts(at(200)) == (64, 128, 200, 256, 512)
-    assert evaluate.default_contexts(at(8)) == (8,)
+    assert validation.default_contexts(at(256)) == (64, 128, 256, 512, 1024)
+    assert validation.default_contexts(at(200)) == (64, 128, 200, 256, 512)
+    assert validation.default_contexts(at(8)) == (8,)
 
 
 @pytest.mark.parametrize("contexts", [(), (0, 8)])
 def test_contexts_must_be_positive(contexts, run):
     with pytest.raises(ValueError, match=r"contexts=.* must be positive"):
-        evaluate.validation_suite(run[1], contexts=contexts)
+        validation.run(run[1], contexts=contexts)
 
 
 def test_batches_limit_the_validation(run):
     _, trained, _ = run
-    (row,) = evaluate.validation_suite(trained, contexts=(16,), batches=1)["by_context"]
+    (row,) = validation.run(trained, contexts=(16,), batches=1)["by_context"]
     assert 0 < row["targets"] <= 8 * 16
 
 
 def test_memory_suite(run, tmp_path):
     _, trained, _ = run
-    result = evaluate.memory_suite(trained, batches=2)
+    result = memory.run(trained, batches=2)
     layers = result["by_layer"]
     assert [(row["layer"], row["mixer"]) for row in layers] == [
         *((0, "bmojo"), (1, "mamba"), (2, "bmojo"), (3, "mamba")),
@@ -167,7 +168,13 @@ def test_memory_statistics_are_means_over_batches(run):
     weights = dict.fromkeys(sums, 0.0)
     source = sources.open_source(data, "validation")
     for batch in pipeline.validation_batches(
-        source, data, config.model.chunk, process_index=0, process_count=1, limit=0
+        source,
+        data,
+        config.model.chunk,
+        trained.tokenizer,
+        process_index=0,
+        process_count=1,
+        limit=0,
     ):
         measured = statistics(trained.params, batch)["0"]
         share = batch["weights"].mean()
@@ -175,7 +182,7 @@ def test_memory_statistics_are_means_over_batches(run):
             weight = share * (measured["memory_filled"][1] if name == "memory_age" else 1)
             sums[name] += float(weight * measured[name][1])
             weights[name] += float(weight)
-    row = evaluate.memory_suite(trained, batches=0)["by_layer"][2]
+    row = memory.run(trained, batches=0)["by_layer"][2]
     for name in sums:
         assert row[name] == pytest.approx(sums[name] / weights[name], rel=1e-4)
 

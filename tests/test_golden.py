@@ -11,6 +11,7 @@ import numpy as np
 
 from bmojo_jax import sharding, trainer
 from bmojo_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from bmojo_jax.data.tokenizers import ByteTokenizer
 
 FILE = pathlib.Path(__file__).parent / "golden" / "first_losses.json"
 STEPS = 6
@@ -44,7 +45,7 @@ def first_losses() -> list[float]:
         "positions": np.tile(np.arange(32, dtype=np.int32), (2, 2)),
     }
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    program = trainer.make_program(config, mesh)
+    program = trainer.make_program(config, mesh, ByteTokenizer())
     losses = []
     with jax.set_mesh(mesh):
         state = program.init()

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from bmojo_jax import checkpoint
-from bmojo_jax.config import to_dict
+from bmojo_jax.settings import to_dict
 from tests.runs import records, tiny_run
 from tests.test_train_cli import ROOT, Shell
 
@@ -26,7 +26,9 @@ import json, sys
 import jax
 import numpy as np
 from bmojo_jax import paths, sharding, trainer
-from bmojo_jax.config import MeshConfig, TrainConfig, from_dict
+from bmojo_jax.config import MeshConfig, TrainConfig
+from bmojo_jax.data.tokenizers import ByteTokenizer
+from bmojo_jax.settings import from_dict
 
 settings, coordinator, count, index = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 if count > 1:
@@ -35,7 +37,7 @@ config = from_dict(TrainConfig, json.loads(settings))
 assert jax.device_count() == 2 and jax.process_count() == count
 for sizes in ({"data": 2}, {"data": 1, "fsdp": 2}):
     mesh = sharding.make_mesh(MeshConfig(**sizes))
-    program = trainer.make_program(config, mesh)
+    program = trainer.make_program(config, mesh, ByteTokenizer())
     rng = np.random.default_rng(0)
     whole = jax.NamedSharding(mesh, jax.P())
     norms = jax.jit(lambda tree: jax.tree.map(jax.numpy.linalg.norm, tree), out_shardings=whole)

@@ -18,6 +18,7 @@ import pytest
 from bmojo_jax import checkpoint, config
 from bmojo_jax.config import TrainConfig
 from bmojo_jax.data import sources
+from bmojo_jax.settings import from_dict, to_dict
 from tests.runs import records, tiny_run, write_documents
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,8 +44,9 @@ class Shell:
         self.config = folder / "tiny.py"
         self.config.write_text(
             "import json\n"
-            "from bmojo_jax.config import TrainConfig, from_dict, to_config_dict\n"
-            f"SETTINGS = json.loads({json.dumps(config.to_dict(settings))!r})\n"
+            "from bmojo_jax.config import TrainConfig\n"
+            "from bmojo_jax.settings import from_dict, to_config_dict\n"
+            f"SETTINGS = json.loads({json.dumps(to_dict(settings))!r})\n"
             "def get_config():\n"
             "    return to_config_dict(from_dict(TrainConfig, SETTINGS))\n"
         )
@@ -122,7 +124,7 @@ def test_a_run(finished):
 
 
 def _held_out(workdir):
-    settings = config.from_dict(TrainConfig, json.loads((workdir / "config.json").read_text()))
+    settings = from_dict(TrainConfig, json.loads((workdir / "config.json").read_text()))
     return sources.read_split(settings.data, "validation")
 
 
@@ -267,7 +269,7 @@ def test_evaluation_on_other_documents(finished, shell):
     assert str(other) in process.stdout.splitlines()[0]
     result = json.loads((workdir / "eval" / "validation.json").read_text())
     assert result["data"] == str(other)
-    data = config.from_dict(TrainConfig, settings).data
+    data = from_dict(TrainConfig, settings).data
     held_out = sources.read_split(dataclasses.replace(data, path=str(other)), "validation")
     assert len(held_out) > len(_held_out(workdir))
     assert result["by_context"][0]["bytes"] == sum(map(len, held_out))
@@ -355,9 +357,12 @@ WRONG = {
     "optim.weight_decay": -1.0,
     "optim.clip_norm": 0.0,
     "optim.accumulate": 0,
-    "data.source": "tfds",
+    "data.source": "folder",
+    "data.weight": 0.0,
+    "data.not_utf8": "keep",
+    "data.longest_document": 0,
     "data.validation_fraction": 1.0,
-    "data.tokenizer": "bpe",
+    "data.tokenizer": "",
     "data.sequence_length": 0,
     "data.batch_size": 0,
     "data.document_start": "end",
@@ -386,12 +391,13 @@ ANY_VALUE = {
     *("model.ssm_norm", "model.tie_embeddings", "sample_prompt", "data.exclude"),
     # Checked by what uses them, also before anything is compiled or written.
     *("model.scan_implementation", "model.attention_implementation"),
-    *("data.path", "data.include"),
+    *("data.path", "data.include", "data.mixed_in", "data.name", "data.split", "data.text_field"),
+    *("data.validation_include", "data.validation_split", "data.boundary_token"),
 }
 
 
 def _with(name, value):
-    values = config.to_dict(TrainConfig())
+    values = to_dict(TrainConfig())
     *section, field = name.split(".")
     (values[section[0]] if section else values)[field] = value
     return values
@@ -405,13 +411,13 @@ def test_every_setting_is_listed():
 def test_a_wrong_value_is_named(name):
     stated = re.escape(f"{name}={WRONG[name]!r}: ") + ".*must be "
     with pytest.raises(ValueError, match=stated):
-        config.from_dict(TrainConfig, _with(name, WRONG[name]))
+        from_dict(TrainConfig, _with(name, WRONG[name]))
 
 
 @pytest.mark.parametrize("name", config.setting_names())
 def test_a_wrong_type_is_named(name):
     with pytest.raises(ValueError, match=re.escape(f"{name}=b'1': must be of type ")):
-        config.from_dict(TrainConfig, _with(name, b"1"))
+        from_dict(TrainConfig, _with(name, b"1"))
 
 
 @pytest.mark.parametrize(
@@ -431,7 +437,7 @@ def test_an_unknown_setting_suggests_the_nearest(name, nearest):
         config.check_name(name)
     if name.count(".") < 2 and name.split(".")[0] in ("model", "optim", "eval_batch"):
         with pytest.raises(ValueError, match=message):
-            config.from_dict(TrainConfig, _with(name, 1))
+            from_dict(TrainConfig, _with(name, 1))
 
 
 @pytest.mark.parametrize(
@@ -450,9 +456,9 @@ def test_an_unknown_setting_suggests_the_nearest(name, nearest):
     ],
 )
 def test_settings_that_contradict_each_other(changes, message):
-    values = config.to_dict(TrainConfig())
+    values = to_dict(TrainConfig())
     for name, value in changes.items():
         *section, field = name.split(".")
         (values[section[0]] if section else values)[field] = value
     with pytest.raises(ValueError, match=message):
-        config.from_dict(TrainConfig, values)
+        from_dict(TrainConfig, values)

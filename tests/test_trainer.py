@@ -17,11 +17,15 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from bmojo_jax import checkpoint, checks, closing, metrics, optim, paths, presets, sharding, trainer
 from bmojo_jax.checkpoint import Checkpoints
-from bmojo_jax.config import MeshConfig, TrainConfig, to_dict
+from bmojo_jax.config import MeshConfig, TrainConfig
 from bmojo_jax.data import pipeline, sources
+from bmojo_jax.data.tokenizers import ByteTokenizer
+from bmojo_jax.settings import to_dict
 from tests.models import float64_params, packed_positions
 from tests.runs import TINY, records, tiny_run, write_documents
 from tests.tolerances import TOLERANCE, relative_rms
+
+BYTES_V = jnp.asarray(ByteTokenizer().token_bytes_V())
 
 FAMILIES = {
     "transformer": "attention+mlp",
@@ -96,7 +100,9 @@ def test_accumulation_equals_one_big_batch(folder):
             config = tiny_run(folder, model=model, optim={"accumulate": pieces}, z_loss=0.1)
             # The new parameters are the old ones minus the gradient.
             state = _state(params, optax.sgd(1.0))
-            step = jax.jit(lambda s, b, c=config: trainer.train_step(c, optax.sgd(1.0), s, b))
+            step = jax.jit(
+                lambda s, b, c=config: trainer.train_step(c, optax.sgd(1.0), s, b, BYTES_V)
+            )
             results[pieces] = step(state, batch)
     (one, measured), (four, measured_4) = results[1], results[4]
     for path, x in paths.flatten_paths(one.params).items():
@@ -120,7 +126,9 @@ def _state(params, optimizer):
 
 def _program(config, **mesh):
     devices = None if mesh else jax.devices()[:1]
-    return trainer.make_program(config, sharding.make_mesh(MeshConfig(**mesh), devices))
+    return trainer.make_program(
+        config, sharding.make_mesh(MeshConfig(**mesh), devices), ByteTokenizer()
+    )
 
 
 def _step(program, state, batch):
@@ -506,7 +514,9 @@ def test_a_skipped_update_changes_nothing(monkeypatch, folder):
 
 def first_batches(data, chunk):
     source = sources.open_source(data, "train")
-    return pipeline.train_iterator(source, data, chunk, process_index=0, process_count=1)
+    return pipeline.train_iterator(
+        source, data, chunk, ByteTokenizer(), process_index=0, process_count=1
+    )
 
 
 @pytest.fixture
@@ -551,7 +561,7 @@ def test_a_non_finite_loss_stops_with_a_report(
         kept = f"The last good checkpoint, step 3, is kept in {tmp_path / 'checkpoints'}"
         assert kept in message
         assert saved.latest_step() == 3
-        program = trainer.make_program(config, sharding.make_mesh(config.mesh))
+        program = trainer.make_program(config, sharding.make_mesh(config.mesh), ByteTokenizer())
         state, _ = saved.restore(program.abstract_state)
     assert state.step == 3 and state.skipped == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state)))

@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from bmojo_jax.data.tokenizers import ByteTokenizer
+from bmojo_jax.data.tokenizers import Tokenizer
 
 _DTYPES = {
     "inputs": np.int32,
@@ -30,7 +30,7 @@ _DTYPES = {
 }
 
 
-def framed_ids(document: bytes, *, tokenizer: ByteTokenizer) -> Int[np.ndarray, " L"]:
+def framed_ids(document: bytes, *, tokenizer: Tokenizer) -> Int[np.ndarray, " L"]:
     """The ids of a document between two boundaries: | d0..d(n-1) |."""
     return np.pad(tokenizer.encode(document), 1, constant_values=tokenizer.boundary_id)
 

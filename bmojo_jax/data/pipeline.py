@@ -18,7 +18,8 @@ import numpy as np
 from absl import flags
 
 from bmojo_jax.config import DataConfig
-from bmojo_jax.data import packing, sources, tokenizers
+from bmojo_jax.data import packing, sources
+from bmojo_jax.data.tokenizers import Tokenizer
 
 # Documents are whole files, possibly large: few are read ahead.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
@@ -29,6 +30,7 @@ def train_iterator(
     source: sources.TextFolder,
     data: DataConfig,
     chunk: int,
+    tokenizer: Tokenizer,
     *,
     process_index: int,
     process_count: int,
@@ -53,7 +55,7 @@ def train_iterator(
     documents = grain.MapDataset.source(source).seed(data.seed).shuffle()
     documents = documents[process_index::process_count].repeat()
     packed = grain.experimental.WindowShuffleIterDataset(
-        _pack(documents, data, chunk), window_size=data.shuffle_window, seed=data.seed
+        _pack(documents, data, chunk, tokenizer), window_size=data.shuffle_window, seed=data.seed
     )
     batches = packed.batch(rows)
     if data.workers:
@@ -74,6 +76,7 @@ def validation_batches(
     source: sources.TextFolder,
     data: DataConfig,
     chunk: int,
+    tokenizer: Tokenizer,
     *,
     process_index: int,
     process_count: int,
@@ -86,7 +89,7 @@ def validation_batches(
     """
     rows = _rows_per_process(data, process_index, process_count)
     documents = grain.MapDataset.source(source)
-    batches = _pack(documents, data, chunk).batch(
+    batches = _pack(documents, data, chunk, tokenizer).batch(
         data.batch_size,
         batch_fn=functools.partial(grain.experimental.batch_and_pad, batch_size=data.batch_size),
     )
@@ -95,11 +98,11 @@ def validation_batches(
     return itertools.islice(batches, limit or None)
 
 
-def _pack(documents: grain.MapDataset, data: DataConfig, chunk: int) -> grain.IterDataset:
+def _pack(
+    documents: grain.MapDataset, data: DataConfig, chunk: int, tokenizer: Tokenizer
+) -> grain.IterDataset:
     # Not a nested function: reader processes receive it by pickling.
-    tokenize = functools.partial(
-        packing.framed_ids, tokenizer=tokenizers.make_tokenizer(data.tokenizer)
-    )
+    tokenize = functools.partial(packing.framed_ids, tokenizer=tokenizer)
     return packing.PackRows(
         documents.map(tokenize).to_iter_dataset(_READ),
         row_length=data.sequence_length,

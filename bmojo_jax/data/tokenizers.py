@@ -5,10 +5,39 @@ string has exactly one sequence of ids, so nothing is unknown and nothing is nor
 """
 
 import codecs
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 from numpy.typing import ArrayLike
+
+from bmojo_jax.config import DataConfig
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the rest of the code asks of a tokenizer. It can be pickled, and saved as JSON."""
+
+    vocab_size: int
+    boundary_id: int  # stands between documents, and for no text
+
+    def encode(self, document: bytes | str) -> Int[np.ndarray, " L"]:
+        """Ids (int32) of a document, boundaries not included; bytes are UTF-8."""
+        ...
+
+    def decode_bytes(self, ids: ArrayLike) -> bytes: ...
+
+    def decode(self, ids: ArrayLike) -> str: ...
+
+    def token_bytes_V(self) -> Int[np.ndarray, " V"]: ...
+
+    def fingerprint(self) -> str:
+        """The same for two tokenizers exactly if they give the same ids."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON: what `from_dict` makes it of again."""
+        ...
 
 
 class ByteTokenizer:
@@ -35,6 +64,12 @@ class ByteTokenizer:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def fingerprint(self) -> str:
+        return "bytes"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "bytes"}
+
     def token_bytes_V(self) -> Int[np.ndarray, " V"]:
         """How many bytes each id stands for: turns nats per token into bits per byte."""
         counts_V = np.ones(self.vocab_size, np.int32)
@@ -48,7 +83,7 @@ class StreamingDecoder:
     The pieces joined equal `tokenizer.decode` of all the ids.
     """
 
-    def __init__(self, tokenizer: ByteTokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -61,10 +96,15 @@ class StreamingDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-_TOKENIZERS = {"bytes": ByteTokenizer}
+def make_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer that the settings name."""
+    if data.tokenizer == "bytes":
+        return ByteTokenizer()
+    raise ValueError(f"data.tokenizer={data.tokenizer!r}: must be 'bytes'")
 
 
-def make_tokenizer(name: str) -> ByteTokenizer:
-    if name not in _TOKENIZERS:
-        raise ValueError(f"data.tokenizer={name!r}: must be one of {tuple(_TOKENIZERS)}")
-    return _TOKENIZERS[name]()
+def from_dict(values: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of which `to_dict` made `values`."""
+    if values["kind"] == "bytes":
+        return ByteTokenizer()
+    raise ValueError(f"kind={values['kind']!r}: must be 'bytes'")

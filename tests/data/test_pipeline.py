@@ -8,6 +8,7 @@ from absl import flags
 
 from bmojo_jax.config import DataConfig
 from bmojo_jax.data import pipeline, sources
+from bmojo_jax.data.tokenizers import ByteTokenizer
 
 CHUNK = 4
 
@@ -40,7 +41,9 @@ def config(folder, **settings):
 
 def train(data, index=0, count=1):
     source = sources.open_source(data, "train")
-    return pipeline.train_iterator(source, data, CHUNK, process_index=index, process_count=count)
+    return pipeline.train_iterator(
+        source, data, CHUNK, ByteTokenizer(), process_index=index, process_count=count
+    )
 
 
 def validation(data, index=0, count=1, limit=0):
@@ -49,6 +52,7 @@ def validation(data, index=0, count=1, limit=0):
             sources.open_source(data, "validation"),
             data,
             CHUNK,
+            ByteTokenizer(),
             process_index=index,
             process_count=count,
             limit=limit,
