@@ -8,7 +8,7 @@ import jax
 
 from bmojo_jax import generate
 from bmojo_jax.config import TrainConfig
-from bmojo_jax.data import baselines, sources
+from bmojo_jax.data import baselines, sources, tokenizers
 from bmojo_jax.trainer import Outcome
 
 _SAMPLING = generate.Sampling(temperature=0.8, top_p=0.95)
@@ -38,7 +38,9 @@ def report(config: TrainConfig, outcome: Outcome, workdir: pathlib.Path) -> None
             sampling=dataclasses.replace(_SAMPLING, num_words=tokenizer.vocab_size),
             stop_ids=[tokenizer.boundary_id],
         )
-        sample = config.sample_prompt + tokenizer.decode(ids)
+        decoder = tokenizers.StreamingDecoder(tokenizer)
+        decoder.push(prompt)  # what follows continues a text
+        sample = config.sample_prompt + decoder.push(ids) + decoder.finish()
         (workdir / "sample.txt").write_text(sample, encoding="utf-8")
         print(f"\n--- a sample, {len(ids)} tokens ---\n{sample}\n---\n")
     if outcome.validation is None:
@@ -51,10 +53,13 @@ def report(config: TrainConfig, outcome: Outcome, workdir: pathlib.Path) -> None
         result["bigram_bits_per_byte"] = baselines.bigram_bits_per_byte(
             sources.read_split(config.data, "train"), documents
         )
+        size = sum(len(document) for document in documents)
         line += (
             f" (zlib -9: {result['zlib_bits_per_byte']:.3f}, "
-            f"byte bigram: {result['bigram_bits_per_byte']:.3f}), on the same "
-            f"{outcome.validation.num_bytes:,.0f} held-out bytes"
+            f"byte bigram: {result['bigram_bits_per_byte']:.3f}), on the same {size:,} held-out "
+            "bytes"
         )
+        if size != outcome.validation.num_bytes:  # see tokenizers.py
+            line += f" ({outcome.validation.num_bytes:,.0f} as the tokenizer writes them)"
     (workdir / "validation.json").write_text(json.dumps(result, indent=2) + "\n")
     print(line)

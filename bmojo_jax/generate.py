@@ -210,8 +210,9 @@ def main(argv: list[str]) -> None:
 def _print_continuation(trained: checkpoint.Trained, sampling: Sampling) -> None:
     values = flags.FLAGS
     tokenizer = trained.tokenizer
-    decoder = tokenizers.StreamingDecoder(tokenizer)
     prompt = [tokenizer.boundary_id, *tokenizer.encode(values.prompt).tolist()]
+    decoder = tokenizers.StreamingDecoder(tokenizer)
+    decoder.push(prompt)  # what follows continues a text; the prompt is printed as it was given
     print(values.prompt, end="", flush=True)
     for tokens in stream(
         trained.config.model,
