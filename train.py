@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bmojo_jax import checks, closing, config, console, trainer
+from bmojo_jax import checkpoint, checks, closing, config, console, sweep, trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The settings of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
@@ -23,9 +23,8 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this one is.", low
 
 def _parse_flags(arguments: list[str]) -> list[str]:
     try:
-        for argument in arguments[1:]:
-            if override := re.match(r"--?config\.([^=]*)", argument):
-                config.check_name(override[1])
+        for name in re.findall(r"^--?config\.([^=\n]*)", "\n".join(arguments[1:]), re.MULTILINE):
+            config.check_name(name)
         return flags.FLAGS(arguments)
     except (flags.Error, OSError, ValueError) as error:
         console.fail(error)
@@ -36,7 +35,6 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
     trainer.make_deterministic()
     console.show_messages(logging.INFO)
-    workdir = pathlib.Path(_WORKDIR.value)
     process = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
         settings = config.from_config_dict(_CONFIG.value)
@@ -48,10 +46,12 @@ def main(argv: list[str]) -> None:
         console.fail(error)
     logging.info("%d %s device(s)", jax.device_count(), jax.devices()[0].device_kind)
     try:
-        outcome = trainer.train(settings, workdir)
-    except (checks.SettingsError, trainer.NonFiniteError) as error:
+        if settings.task.name != "none":
+            return sweep.train(settings, _WORKDIR.value)
+        outcome = trainer.train(settings, _WORKDIR.value)
+    except (checks.SettingsError, trainer.NonFiniteError, checkpoint.SaveError) as error:
         console.fail(error)
-    closing.report(settings, outcome, workdir)
+    closing.report(settings, outcome, pathlib.Path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

@@ -1,77 +1,47 @@
-"""Checkpoints of a run: train state, place in the data, and config, together and atomic.
+"""Checkpoints of a run: state, place in the data, tokenizer and settings, together and atomic.
 
 A checkpoint of step n is a folder `n` with the items
 
-    state   any tree of arrays (parameters below its entry `params`, optimizer, step, random key)
-    data    for every process, where its data iterator stands (JSON)
-    config  the settings of the run (JSON, readable without arrays)
+    state      any tree of arrays (parameters below its entry `params`, optimizer, step, random key)
+    data       for every process, where its data iterator stands (JSON)
+    config     the settings of the run (JSON, readable without arrays)
+    tokenizer  all of the tokenizer (JSON), so that nobody needs its file again
+    metrics    the validation loss, if there was an evaluation at this step (JSON)
 
-written by orbax in the background and renamed into place when complete: what is there is whole.
-Arrays are stored in their dtype, bit for bit, and can be restored onto another mesh.
+and a manifest, by which damage is found. Orbax writes it in the background, under another name
+until it is complete; only then are older ones removed. So whatever happens to a save, what was
+saved before stays. Arrays are stored in their dtype, bit for bit, and can be restored onto another
+mesh.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
-from bmojo_jax import model, paths, sharding
+from bmojo_jax import manifest, model, paths, processes, sharding
 from bmojo_jax.config import TrainConfig
 from bmojo_jax.data import tokenizers
 from bmojo_jax.data.tokenizers import Tokenizer
+from bmojo_jax.inventory import LOSS, TEMPORARY, DamagedError, Inventory
 from bmojo_jax.settings import from_dict
 
+__all__ = ["Checkpoints", "DamagedError", "DataState", "SaveError", "Trained", "load"]
+
 DataState = dict[str, Any]  # JSON-able
-_LOSS = "validation_loss"
 
 
-def _quality(metrics: Mapping[str, Any] | None) -> float:
-    """Orders checkpoints, best last; one without a validation loss is the worst."""
-    loss = None if metrics is None else metrics[_LOSS]
-    return -math.inf if loss is None else -loss
-
-
-@dataclasses.dataclass(frozen=True)
-class _LastAndBest:
-    """Orbax's LatestN or BestN would keep n checkpoints of any quality where there are only n."""
-
-    keep_last: int
-    keep_best: int
-
-    def should_preserve(
-        self,
-        checkpoints: Sequence[Any],  # with `step`, `time` and `metrics`
-        *,
-        context: checkpoint_managers.PreservationContext,
-    ) -> Sequence[bool]:
-        del context
-        qualities = [_quality(checkpoint.metrics) for checkpoint in checkpoints]
-        ranked = sorted(range(len(qualities)), key=lambda i: (qualities[i], i), reverse=True)
-        best = [i for i in ranked[: self.keep_best] if qualities[i] > -math.inf]
-        last = len(checkpoints) - self.keep_last
-        return [i >= last or i in best for i in range(len(checkpoints))]
-
-
-def _gather(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
-    if jax.process_count() == 1:
-        return [text]
-    mine = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(mine.size))
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: mine.size] = mine
-    rows = multihost_utils.process_allgather(padded)
-    return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
+class SaveError(RuntimeError):
+    """What should be in a checkpoint is in none; names the last one that is whole."""
 
 
 class Checkpoints:
@@ -88,34 +58,23 @@ class Checkpoints:
         keep_best: int,
         mode: Literal["write", "read"] = "write",
     ) -> None:
-        """Opens a directory, which need not exist before the first save.
+        """Looks into a directory, which need not exist before the first save.
+
+        Damaged checkpoints are reported and passed over. Nothing is changed before `restore`,
+        `clean_up` or `save`.
 
         Args:
-          mode: "read" leaves the directory as it is: a run may be saving there. "write" drops
-            what a run that was killed has left half saved.
+          mode: "read" leaves the directory as it is: a run may be saving there.
           keep_last: how many of the latest checkpoints stay.
           keep_best: how many of those with the lowest validation loss stay beside them.
         """
         self.directory = pathlib.Path(directory).absolute()
-        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        handlers.add("state", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler())
-        handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
-        for item in ("data", "config"):
-            handler = ocp.JsonCheckpointHandler()
-            handlers.add(item, ocp.args.JsonSave, handler)
-            handlers.add(item, ocp.args.JsonRestore, handler)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_LastAndBest(keep_last, keep_best),
-                best_fn=_quality,
-                create=mode == "write",
-                cleanup_tmp_directories=mode == "write",
-                read_only=mode == "read",
-                save_interval_steps=int(mode == "write"),
-            ),
-            handler_registry=handlers,
-        )
+        self._keep_last, self._keep_best = keep_last, keep_best
+        self._thread: threading.Thread | None = None  # completes the save that is under way
+        self._saving: int | None = None
+        self._failure: BaseException | None = None  # of the latest save
+        self._checkpointer = self._make_checkpointer()
+        self._inventory = Inventory(self.directory, mode)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -130,17 +89,20 @@ class Checkpoints:
         data_state: DataState,
         config: dict[str, Any],
         *,
+        tokenizer: Tokenizer | None = None,
         validation_loss: float | None = None,
     ) -> bool:
         """Starts saving and returns once the state may be changed or donated.
 
-        Every process calls it, each with its own `data_state`.
+        Every process calls it, each with its own `data_state`. A save that fails, e.g. for a full
+        disk, is reported and does not raise, since the next one may succeed; see `check_saved`.
 
         Returns:
-          Whether anything is saved: a second save of the latest step does nothing.
+          Whether anything is being saved: a second save of the latest step does nothing.
 
         Raises:
           ValueError: the directory holds a later step.
+          SaveError: the save before has failed, of several processes. They cannot go on.
         """
         latest = self.latest_step()
         if latest == step:
@@ -151,102 +113,242 @@ class Checkpoints:
                 f"{step=} must be after the latest checkpoint in {self.directory}, {latest}"
             )
         finite = validation_loss is not None and math.isfinite(validation_loss)
-        return self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                data=ocp.args.JsonSave({"processes": _gather(json.dumps(data_state))}),
-                config=ocp.args.JsonSave(config),
-            ),
-            metrics={_LOSS: float(validation_loss) if finite else None},
-        )
+        loss = float(validation_loss) if finite else None
+        items: dict[str, Any] = {
+            "state": ocp.args.PyTreeSave(state),
+            "data": ocp.args.JsonSave({"processes": processes.gather(json.dumps(data_state))}),
+            "config": ocp.args.JsonSave(config),
+            "metrics": ocp.args.JsonSave({LOSS: loss}),
+        }
+        if tokenizer is not None:
+            items["tokenizer"] = ocp.args.JsonSave(tokenizer.to_dict())
+        self._saving = step
+        try:
+            self.clean_up()
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._checkpointer.save(self._inventory.folder(step), args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:
+            self._fail(step, error)
+            return False
+        self._thread = threading.Thread(target=self._complete, args=(step, loss), name="complete")
+        self._thread.start()
+        return True
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, DataState]:
-        """The state and this process's place in the data, of `step` or the latest one.
+        """The state and this process's place in the data, of `step` or the latest whole one.
 
         Args:
           abstract_state: the state as jax.ShapeDtypeStructs with shardings.
 
         Raises:
           FileNotFoundError: there is no such checkpoint.
+          DamagedError: it is damaged, or all are.
           ValueError: the checkpoint holds other arrays, or was saved by another number of
             processes.
         """
-        step = self.check_step(step)
-        processes = self._restore(step, data=ocp.args.JsonRestore()).data["processes"]
-        if len(processes) != jax.process_count():
-            raise ValueError(
-                f"{self.directory}, {step=}: saved by {len(processes)} processes, whose places in "
-                f"the data cannot be shared out among {jax.process_count()}"
-            )
-        state = self._restore_arrays(step, abstract_state, partial=False)
-        return state, json.loads(processes[jax.process_index()])
+
+        def read(step: int) -> tuple[Any, DataState]:
+            place = self.place(step)
+            return self._read_arrays(step, abstract_state, partial=False), place
+
+        return self.read_whole(read, step)
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
-        """The parameters alone, of `step` or the latest one; errors as in `restore`."""
-        tree = {"params": abstract_params}
-        return self._restore_arrays(self.check_step(step), tree, partial=True)["params"]
+        """The parameters alone, of `step` or the latest whole one; errors as in `restore`."""
+        return self.read_whole(lambda n: self.read_params(n, abstract_params), step)
+
+    def read_params(self, step: int, abstract_params: Any) -> Any:
+        """As `restore_params`, of a checkpoint that was looked at."""
+        return self._read_arrays(step, {"params": abstract_params}, partial=True)["params"]
+
+    def read_whole[T](self, read: Callable[[int], T], step: int | None = None) -> T:
+        """`read(step)`, or of the latest step, if every byte of it is what was saved.
+
+        Without `step`, damaged ones are reported, moved aside if this may write, and the one
+        before is read.
+        """
+        given = step
+        while True:
+            step = self.check_step(given)
+            problem = self._inventory.find_damage(step)
+            if problem is None:
+                try:
+                    result = read(step)
+                except _UnreadableError as error:
+                    problem = str(error)
+                else:
+                    self._inventory.move_damaged()
+                    return result
+            if given is not None:
+                raise self._inventory.damaged(step, problem)
+            self._inventory.report(step, problem)
+
+    def place(self, step: int | None = None) -> DataState:
+        """Where this process stood in the data; ValueError if there were more or fewer."""
+        step = self.check_step(step)
+        saved = self._read_json(step, "data")["processes"]
+        if len(saved) != jax.process_count():
+            raise ValueError(
+                f"{self.directory}, {step=}: saved by {len(saved)} processes, whose places in "
+                f"the data cannot be shared out among {jax.process_count()}"
+            )
+        return json.loads(saved[jax.process_index()])
 
     def config(self, step: int | None = None) -> dict[str, Any]:
         """The config that was saved with `step` or the latest checkpoint."""
-        return self._restore(self.check_step(step), config=ocp.args.JsonRestore()).config
+        return self._read_json(self.check_step(step), "config")
+
+    def tokenizer(self, step: int | None = None) -> Tokenizer | None:
+        """The tokenizer that was saved with `step` or the latest checkpoint; None: none was."""
+        step = self.check_step(step)
+        if not (self._inventory.folder(step) / "tokenizer").is_dir():
+            return None
+        return tokenizers.from_dict(self._read_json(step, "tokenizer"))
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        """The latest step that is saved, after waiting for a save that is under way.
+
+        Raises:
+          DamagedError: there are checkpoints, and all of them are damaged.
+        """
+        self.wait()
+        return self._inventory.latest()
 
     def best_step(self) -> int | None:
         """The step with the lowest validation loss; None if no checkpoint has one."""
         self.wait()
-        step = self._manager.best_step()
-        if step is None or _quality(self._manager.metrics(step)) == -math.inf:
-            return None
-        return step
-
-    def wait(self) -> None:
-        """Returns when nothing is being saved; raises what a save raised."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        self._manager.close()
+        return next(iter(self._inventory.best(1)), None)
 
     def check_step(self, step: int | None) -> int:
         """The step itself, or the latest one for None; FileNotFoundError if it is not there."""
-        steps = self._manager.all_steps()
-        if not steps:
-            raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        if step is not None and step not in steps:
-            raise FileNotFoundError(
-                f"no checkpoint of {step=} in {self.directory}, which holds {sorted(steps)}"
-            )
-        return max(steps) if step is None else step
-
-    def _restore(self, step: int, **items: Any) -> Any:
-        self.wait()  # the step may be the one that is being saved
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
-
-    def _restore_arrays(self, step: int, abstract: Any, *, partial: bool) -> Any:
         self.wait()
-        self._check_shapes(step, abstract, partial=partial)
+        return self._inventory.check(step)
+
+    def last_good(self) -> str:
+        """For messages: which checkpoint there is to continue from."""
+        self.wait()
+        return self._inventory.last_good()
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved; raises SaveError as `save` does."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None and jax.process_count() > 1:
+            raise SaveError(f"a save in {self.directory} has failed: {_told(self._failure)}")
+
+    def check_saved(self, step: int) -> None:
+        """Waits, and raises SaveError if there is no checkpoint of `step` then."""
+        self.wait()
+        if step in self._inventory.losses:
+            return
+        reason = "" if self._failure is None else f": {_told(self._failure)}"
+        raise SaveError(
+            f"step {step} could not be saved in {self.directory}{reason}. "
+            f"{self._inventory.last_good()}. The same command continues from there"
+        )
+
+    def clean_up(self) -> None:
+        """Moves damaged checkpoints aside, and removes what a killed run has left half saved."""
+        self.wait()
+        self._inventory.move_damaged()
+        self._inventory.clean_up()
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def _make_checkpointer(self) -> ocp.AsyncCheckpointer:
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add("state", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler())
+        handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
+        for item in ("data", "config", "tokenizer", "metrics"):
+            name = "metrics" if item == "metrics" else "metadata"
+            handlers.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler(name))
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(handler_registry=handlers),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+        )
+
+    def _seal(self) -> None:
+        """Called by orbax, in the first process, between the last file and the renaming."""
+        manifest.write(self.directory / f"{self._saving}{TEMPORARY}")
+
+    def _complete(self, step: int, loss: float | None) -> None:
+        try:
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                manifest.flush_name(self._inventory.folder(step))
+        except BaseException as error:
+            self._fail(step, error)
+            return
+        self._failure = None
+        losses = self._inventory.losses
+        losses[step] = loss
+        kept = {*sorted(losses)[-self._keep_last :], *self._inventory.best(self._keep_best)}
+        self._inventory.remove(set(losses) - kept)
+
+    def _fail(self, step: int, error: BaseException) -> None:
+        self._failure = error
+        logging.error(
+            "step %d could not be saved in %s: %s. %s. The next save is tried all the same",
+            *(step, self.directory, _told(error), self._inventory.last_good()),
+        )
+        # Orbax would raise what remains of it at its next use.
+        failed, self._checkpointer = self._checkpointer, self._make_checkpointer()
+        with contextlib.suppress(Exception):
+            failed.close()
+        self._inventory.clean_up()
+
+    def _read_json(self, step: int, item: str) -> Any:
+        return json.loads((self._inventory.folder(step) / item / "metadata").read_text())
+
+    def _read_arrays(self, step: int, abstract: Any, *, partial: bool) -> Any:
+        folder = self._inventory.folder(step)
         arguments = ocp.args.PyTreeRestore(
             abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=partial,
         )
-        return self._restore(step, state=arguments).state
+        try:
+            items: Any = self._checkpointer.metadata(folder).item_metadata
+            saved = items["state"].tree
+            _check_shapes(f"{self.directory}, {step=}", saved, abstract, partial=partial)
+            return self._checkpointer.restore(folder, ocp.args.Composite(state=arguments)).state
+        except (_OtherArraysError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            if manifest.is_in(folder):  # every byte is as it was saved: it is not the files
+                raise
+            raise _UnreadableError(f"state cannot be loaded: {_told(error)}") from error
 
-    def _check_shapes(self, step: int, abstract: Any, *, partial: bool) -> None:
-        metadata = self._manager.item_metadata(step)["state"]
-        saved = {path: leaf.shape for path, leaf in paths.flatten_paths(metadata.tree).items()}
-        wanted = {path: leaf.shape for path, leaf in paths.flatten_paths(abstract).items()}
-        where = f"{self.directory}, {step=}"
-        for path, shape in wanted.items():
-            if path not in saved:
-                raise ValueError(f"{where}: has no {path!r}, wanted with shape {shape}")
-            if saved[path] != shape:
-                raise ValueError(f"{where}: {path!r} has shape {saved[path]}, wanted {shape}")
-        extra = [] if partial else [path for path in saved if path not in wanted]
-        if extra:
-            raise ValueError(f"{where}: has {extra[0]!r}, which the state lacks")
+
+class _OtherArraysError(ValueError):
+    """A checkpoint is of another model."""
+
+
+class _UnreadableError(Exception):
+    """A checkpoint without a manifest cannot be loaded."""
+
+
+def _check_shapes(where: str, saved: Any, abstract: Any, *, partial: bool) -> None:
+    has = {path: leaf.shape for path, leaf in paths.flatten_paths(saved).items()}
+    wanted = {path: leaf.shape for path, leaf in paths.flatten_paths(abstract).items()}
+    for path, shape in wanted.items():
+        if path not in has:
+            raise _OtherArraysError(f"{where}: has no {path!r}, wanted with shape {shape}")
+        if has[path] != shape:
+            raise _OtherArraysError(f"{where}: {path!r} has shape {has[path]}, wanted {shape}")
+    extra = [] if partial else [path for path in has if path not in wanted]
+    if extra:
+        raise _OtherArraysError(f"{where}: has {extra[0]!r}, which the state lacks")
+
+
+def _told(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,28 +367,35 @@ def load(
     step: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Trained:
-    """The model that a run has left in `workdir`, at `step` or the latest one.
+    """The model that a run has left in `workdir`, at `step` or the latest one that is whole.
 
     Args:
       mesh: where the parameters are placed, by the sharding rules; None: on one device.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
+      DamagedError: it is damaged, or all are.
     """
     directory = pathlib.Path(workdir) / "checkpoints"
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist: no run has saved anything there")
     with Checkpoints(directory, keep_last=1, keep_best=0, mode="read") as checkpoints:
-        step = checkpoints.check_step(step)
-        config = from_dict(TrainConfig, checkpoints.config(step))
-        shapes = jax.eval_shape(lambda: model.init_params(config.model, jax.random.key(0)))
-        if mesh is None:
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            placement = jax.tree.map(lambda _: device, shapes)
-        else:
-            placement = sharding.param_shardings(mesh, shapes)
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement
-        )
-        params = checkpoints.restore_params(abstract, step)
-        return Trained(config, params, step, tokenizers.make_tokenizer(config.data))
+
+        def read(step: int) -> Trained:
+            config = from_dict(TrainConfig, checkpoints.config(step))
+            shapes = jax.eval_shape(lambda: model.init_params(config.model, jax.random.key(0)))
+            if mesh is None:
+                device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+                placement = jax.tree.map(lambda _: device, shapes)
+            else:
+                placement = sharding.param_shardings(mesh, shapes)
+            abstract = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement
+            )
+            params = checkpoints.read_params(step, abstract)
+            tokenizer = checkpoints.tokenizer(step)
+            if tokenizer is None:  # saved before tokenizers were
+                tokenizer = tokenizers.make_tokenizer(config.data)
+            return Trained(config, params, step, tokenizer)
+
+        return checkpoints.read_whole(read, step)

@@ -263,6 +263,53 @@ class DataConfig(SourceConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """A synthetic task in place of text, trained at several rates and seeds at once.
+
+    Of the section `data`, only sequence_length, batch_size and seed hold for a task.
+    """
+
+    # "none": text. mqar: data/tasks/mqar.py; the others: data/tasks/mad.py.
+    name: Literal[
+        "none",
+        "mqar",
+        "in_context_recall",
+        "noisy_recall",
+        "fuzzy_recall",
+        "selective_copying",
+        "memorization",
+    ] = "none"
+    vocab_size: int = 8192  # words of the task; model.vocab_size must be at least that
+    pairs: tuple[int, ...] = (64,)  # mqar: keys with a value in a row; several: rows in turn
+    filler: Literal["random", "zero"] = "random"  # mqar: what stands between the queries
+    train_examples: int = 0  # seen again in every epoch, shuffled; 0: every example is a new one
+    test_examples: int = 1280  # the same at every evaluation, for every rate and seed
+    # Peak learning rates, each with `seeds` replicas; empty: optim.learning_rate.
+    rates: tuple[float, ...] = ()
+    seeds: int = 1  # the i-th adds i to seed (parameters) and, in training, to data.seed
+    replicas_at_once: int = 0  # on a device, if they do not fit together; 0: all of them
+
+    def __post_init__(self) -> None:
+        check_literals("task.", self)
+        check_at_least("task.", self, 2, ("vocab_size",))
+        check_at_least("task.", self, 1, ("test_examples", "seeds"))
+        check_at_least("task.", self, 0, ("train_examples", "replicas_at_once"))
+        require(
+            bool(self.pairs) and min(self.pairs) >= 1,
+            "task.pairs",
+            self.pairs,
+            "one or more numbers >= 1",
+        )
+        require(
+            all(0 < rate < math.inf for rate in self.rates)
+            and len(set(self.rates)) == len(self.rates),
+            "task.rates",
+            self.rates,
+            "different numbers, each > 0 and finite",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1: whatever is left."""
 
@@ -290,6 +337,7 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
     mesh: MeshConfig = MeshConfig()
 
     steps: int = 1000  # optimizer updates
@@ -337,6 +385,12 @@ class TrainConfig:
             "optim.warmup_steps",
             self.optim.warmup_steps,
             f"at most steps={self.steps}",
+        )
+        require(
+            self.task.name == "none" or self.optim.accumulate == 1,
+            "optim.accumulate",
+            self.optim.accumulate,
+            f"1 with task.name={self.task.name!r}",
         )
 
 

@@ -8,8 +8,6 @@ from typing import NoReturn
 from absl import logging
 
 _OURS = ("train.py", "eval.py", "bmojo_jax", "pallas_kernels")
-# Orbax warns of what is meant: a run may be saving in the directory that is read.
-_MEANT = "Given directory is read only"
 
 
 def show_messages(level: int) -> None:
@@ -22,9 +20,10 @@ def show_messages(level: int) -> None:
 
 
 def _is_relevant(record: python_logging.LogRecord) -> bool:
-    if record.levelno >= python_logging.WARNING:
-        return not str(record.msg).startswith(_MEANT)
     path = pathlib.Path(record.pathname)
+    if record.levelno >= python_logging.WARNING:
+        # With tracebacks orbax tells, several times, what checkpoint.py says in a line.
+        return not (record.exc_info and "orbax" in path.parts)
     return path.name in _OURS or any(folder in _OURS for folder in path.parts)
 
 

@@ -7,7 +7,8 @@ Model FLOPs utilisation (arXiv 2204.02311, appendix B) is
 with the peak for bfloat16 matrix products, whatever dtype the run computes in.
 
 `Reporter` writes a progress bar, `metrics.jsonl`, TensorBoard files and, when closed,
-`loss.png`. Step n of its records is the state after n updates.
+`loss.png`. Step n of its records is the state after n updates. A disk that cannot be written to is
+reported and does not stop the run.
 """
 
 import contextlib
@@ -22,11 +23,12 @@ from typing import Any
 
 import jax
 import optax
-import tensorboardX
 import tqdm
+from absl import logging
 from matplotlib.figure import Figure
 
 from bmojo_jax.config import ModelConfig
+from bmojo_jax.records import EventFile, JsonLines
 
 # bfloat16 matrix products without sparsity, FLOP/s of a device as its vendor states it. The first
 # entry that starts the device kind holds.
@@ -106,21 +108,6 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     return 3.0 * forward
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
-    """Drops the records of a JSONL file that lie beyond `step`."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        # A crash may have cut the last line short.
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept))
-    os.replace(part, path)
-
-
 class Reporter:
     """Reports the progress of a training run; only process 0 writes.
 
@@ -156,12 +143,8 @@ class Reporter:
         if not self._writes:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._jsonl = self._directory / "metrics.jsonl"
-        _keep_until(self._jsonl, start_step)
-        self._file = self._jsonl.open("a", buffering=1)
-        self._board = tensorboardX.SummaryWriter(
-            str(self._directory / "tensorboard"), purge_step=start_step + 1
-        )
+        self._lines = JsonLines(self._directory / "metrics.jsonl", start_step=start_step)
+        self._board = EventFile(self._directory / "tensorboard", start_step=start_step)
         # Every refresh is a new line where the output is not a terminal.
         interval = 0.1 if sys.stderr.isatty() else 30.0
         self._bar = tqdm.tqdm(
@@ -214,6 +197,10 @@ class Reporter:
         self.flush()
         self._record(step, "validation", dict(metrics))
 
+    def left_out(self, step: int, counts: Mapping[str, int]) -> None:
+        """Records how many documents were left out until update `step`, by reason."""
+        self._record(step, "left_out", dict(counts))
+
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
         """Keeps what runs inside, evaluation or saving, out of the rate of training.
@@ -234,30 +221,32 @@ class Reporter:
             return
         self._bar.close()
         self._board.close()
-        self._file.close()
-        self._draw()
+        self._lines.close()
+        try:
+            self._draw()
+        except OSError as error:
+            logging.error("%s cannot be written: %s", self._directory / "loss.png", error)
 
-    def _record(self, step: int, split: str, values: dict[str, float]) -> None:
+    def _record(self, step: int, split: str, values: Mapping[str, float]) -> None:
         if not self._writes:
             return
         record = {"step": step, "tokens": step * self._tokens_per_step, "split": split}
         # JSON has no NaN and no infinity.
         finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        self._file.write(json.dumps(record | finite) + "\n")
-        for name, value in finite.items():
-            if value is not None:
-                self._board.add_scalar(f"{split}/{name}", value, step)
+        self._lines.add(record | finite)
+        self._board.add(step, {f"{split}/{n}": x for n, x in finite.items() if x is not None})
         if split == "train":
             self._last["loss"] = f"{values['loss']:.4f}"
             self._last["bits/byte"] = f"{values['bits_per_byte']:.3f}"
             if "tokens_per_second" in values:
                 self._last["tokens/s"] = f"{values['tokens_per_second']:,.0f}"
-        else:
+        elif split == "validation":
             self._last["validation"] = f"{values['loss']:.4f}"
         self._bar.set_postfix(self._last, refresh=False)
 
     def _draw(self) -> None:
-        records = [json.loads(line) for line in self._jsonl.read_text().splitlines()]
+        lines = self._lines.path.read_text().splitlines() if self._lines.path.exists() else []
+        records = [json.loads(line) for line in lines]
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for split, style in (("train", "-"), ("validation", "o-")):
@@ -273,4 +262,11 @@ class Reporter:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-        figure.savefig(self._directory / "loss.png", dpi=120)
+        part = (
+            self._directory / "loss.part.png"
+        )  # so that what was there stays, if there is no room
+        try:
+            figure.savefig(part, dpi=120)
+            os.replace(part, self._directory / "loss.png")
+        finally:
+            part.unlink(missing_ok=True)

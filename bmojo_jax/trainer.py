@@ -11,6 +11,7 @@ Everything runs on a mesh (one device is a mesh of one): the state is born shard
 donated, and batches are made of each process's own rows.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -30,10 +31,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
-from bmojo_jax import checks, losses, metrics, model, optim, sharding
+from bmojo_jax import checks, lock, losses, metrics, model, optim, processes, sharding
 from bmojo_jax.checkpoint import Checkpoints
 from bmojo_jax.config import TrainConfig
-from bmojo_jax.data import pipeline, sources, tokenizers
+from bmojo_jax.data import pipeline, sources
 from bmojo_jax.data.tokenizers import Tokenizer
 from bmojo_jax.evaluate import validation
 from bmojo_jax.metrics import Reporter
@@ -230,64 +231,101 @@ class Outcome:
     interrupted: bool  # by SIGTERM or SIGINT, after a checkpoint
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a run is made of, when all that can be checked before it begins has been."""
+
+    mesh: Mesh
+    tokenizer: Tokenizer
+    program: Program
+    batches: Any  # pipeline.train_iterator
+    documents: str  # fingerprint of those that are trained on
+    checkpoints: Checkpoints
+
+
+def _set_up(config: TrainConfig, workdir: pathlib.Path, stack: contextlib.ExitStack) -> _Parts:
+    """Raises ValueError before anything is compiled or written; `stack` closes the parts."""
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_divisible(config, mesh)
+    checks.check_processes(config, mesh)
+    checks.check_precision(config)
+    checks.check_comparison(config)
+    checkpoints = stack.enter_context(
+        Checkpoints(workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
+    )
+    latest = checkpoints.latest_step()
+    saved = None if latest is None else checkpoints.tokenizer(latest)
+    if latest is not None:
+        checks.check_continuation(checkpoints.config(latest), latest, config, tokenizer=saved)
+    tokenizer = checks.choose_tokenizer(config.data, saved)
+    checks.check_vocabulary(config, tokenizer)
+    program = make_program(config, mesh, tokenizer)
+    checks.check_implementations(config, program)
+    source = sources.open_source(config.data, "train")
+    documents = pipeline.fingerprint(source, config.data)
+    if latest is not None:
+        before = checkpoints.place(latest)["documents"]
+        checks.check_documents(checkpoints.config(latest), before, documents, config)
+    batches = pipeline.train_iterator(
+        source,
+        config.data,
+        config.model.chunk,
+        tokenizer,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    stack.callback(batches.close)
+    return _Parts(mesh, tokenizer, program, batches, documents, checkpoints)
+
+
+def _restore(parts: _Parts, config: TrainConfig) -> TrainState:
+    """The state of the latest checkpoint that is whole; the batches go on from its place."""
+    state, place = parts.checkpoints.restore(parts.program.abstract_state)
+    if place["documents"] == parts.documents:
+        parts.batches.set_state(place["iterator"])
+    else:  # a place in another list, and in a document, means nothing
+        logging.warning(
+            "data.path=%r: files came or went since step %d: their order from here on is another "
+            "one, from its beginning",
+            *(config.data.path, int(state.step)),
+        )
+    return state
+
+
 def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
-    """Trains to `config.steps`, from the latest checkpoint in `workdir` if there is one.
+    """Trains to `config.steps`, from the latest checkpoint in `workdir` that is whole, if any.
 
     Raises:
-      checks.SettingsError: the settings do not fit; nothing was compiled or written.
+      checks.SettingsError: the settings do not fit, another run is writing in `workdir`, or all
+        checkpoints there are damaged; nothing was compiled or written.
       NonFiniteError: `non_finite` is "stop" and a loss or gradient was not finite.
+      SaveError: the last state could not be saved.
     """
     workdir = pathlib.Path(workdir)
-    with checks.settings_errors():
-        mesh = sharding.make_mesh(config.mesh)
-        sharding.check_divisible(config, mesh)
-        checks.check_processes(config, mesh)
-        tokenizer = tokenizers.make_tokenizer(config.data)
-        checks.check_vocabulary(config, tokenizer)
-        checks.check_precision(config)
-        checks.check_workdir(workdir)
-        program = make_program(config, mesh, tokenizer)
-        checks.check_implementations(config, program)
-        source = sources.open_source(config.data, "train")
-        batches = pipeline.train_iterator(
-            source,
-            config.data,
-            config.model.chunk,
-            tokenizer,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-
-    with contextlib.ExitStack() as stack:
-        # First, so that saving, too, is over before a signal has its usual effect again.
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as set_up:
+        with checks.settings_errors():
+            checks.check_workdir(workdir)
+            if existed := processes.first_says(workdir.exists):
+                stack.enter_context(lock.hold(workdir))
+            parts = _set_up(config, workdir, set_up)
+            if not existed:
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock.hold(workdir))
+        # Until saving, too, is over signals do not have their usual effect.
         signals = stack.enter_context(stop_signals())
-        stack.callback(batches.close)
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
-            )
+        stack.enter_context(set_up.pop_all())
+        mesh, program, batches, checkpoints = (
+            *(parts.mesh, parts.program, parts.batches, parts.checkpoints),
         )
-        latest = checkpoints.latest_step()
-        if latest is not None:
-            with checks.settings_errors():
-                checks.check_continuation(checkpoints.config(), latest, config)
         stack.enter_context(jax.set_mesh(mesh))
-        if latest is None:
+        if checkpoints.latest_step() is None:
             state, start = program.init(), 0
         else:
             with checks.settings_errors():
-                state, place = checkpoints.restore(program.abstract_state)
-                if place["documents"] == source.fingerprint():
-                    batches.set_state(place["iterator"])
-                else:  # a place in another list, and in a document, means nothing
-                    logging.warning(
-                        "data.path=%r: files came or went since step %d: their order from here on "
-                        "is another one, from its beginning",
-                        config.data.path,
-                        latest,
-                    )
-            start = latest
+                state = _restore(parts, config)
+            start = int(state.step)
             logging.info("continues after step %d of %s", start, workdir)
+        checkpoints.clean_up()
         write_config(config, workdir)
         reporter = Reporter(
             workdir,
@@ -298,7 +336,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
             flops_per_token=metrics.flops_per_token(config.model, config.data.sequence_length),
         )
         stack.callback(reporter.close)
-        validate = validation.make_validator(config, mesh, tokenizer)
+        validate = validation.make_validator(config, mesh, parts.tokenizer)
+        left_out = _left_out(batches)
 
         step, validated = start, None
         for step in range(start + 1, config.steps + 1):
@@ -312,6 +351,12 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
             if evaluates or saves:
                 check_finite(config, step, reporter.flush(), checkpoints)
                 with reporter.paused():
+                    if (now := _left_out(batches)) != left_out:
+                        left_out = now
+                        reporter.left_out(step, left_out)
+                        logging.warning("documents left out until step %d: %s", step, left_out)
+                    elif left_out and (last or stops):
+                        logging.warning("documents left out in all: %s", left_out)
                     validation_loss = None
                     if evaluates:
                         validated = validate(state.params)
@@ -321,15 +366,25 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
                         checkpoints.save(
                             step,
                             state,
-                            {"iterator": batches.get_state(), "documents": source.fingerprint()},
+                            {"iterator": batches.get_state(), "documents": parts.documents},
                             to_dict(config),
+                            tokenizer=parts.tokenizer,
                             validation_loss=validation_loss,
                         )
             if stops:
                 break
+        checkpoints.check_saved(step)
         if validated is None and step == config.steps:  # the run had ended before
             validated = validate(state.params)
-    return Outcome(step, state.params, tokenizer, validated, interrupted=step < config.steps)
+    return Outcome(step, state.params, parts.tokenizer, validated, interrupted=step < config.steps)
+
+
+def _left_out(batches: Any) -> dict[str, int]:
+    """How many documents all processes have left out so far, by reason."""
+    counts: collections.Counter[str] = collections.Counter()
+    for text in processes.gather(json.dumps(pipeline.left_out(batches.get_state()))):
+        counts.update(json.loads(text))
+    return dict(sorted(counts.items()))
 
 
 def _agreed(stop: bool, step: int, config: TrainConfig) -> bool:
@@ -355,11 +410,7 @@ def check_finite(
     if config.non_finite == "skip":
         logging.warning("%s: update skipped, %d so far", report, measured["skipped"])
         return
-    saved = checkpoints.latest_step()
-    kept = "No checkpoint had been saved"
-    if saved is not None:
-        kept = f"The last good checkpoint, step {saved}, is kept in {checkpoints.directory}"
     raise NonFiniteError(
-        f"{report}. {kept}. The same command continues from there: lower optim.learning_rate or "
-        'optim.clip_norm, or skip such updates with non_finite="skip".'
+        f"{report}. {checkpoints.last_good()}. The same command continues from there: lower "
+        'optim.learning_rate or optim.clip_norm, or skip such updates with non_finite="skip".'
     )

@@ -1,9 +1,12 @@
+import dataclasses
 import math
 import zlib
 
 import numpy as np
 import pytest
 
+from bmojo_jax import checks
+from bmojo_jax.config import DataConfig, TrainConfig
 from bmojo_jax.data import baselines
 
 
@@ -44,3 +47,14 @@ def test_bigram_adds_documents_up():
     one, two = (baselines.bigram_bits_per_byte(training, [text]) for text in (b"ban", b"anna"))
     both = baselines.bigram_bits_per_byte(training, [b"ban", b"anna"])
     assert both == pytest.approx((3 * one + 4 * two) / 7, rel=1e-12)
+
+
+def test_nothing_is_compared_where_bytes_are_unknown():
+    config = TrainConfig(
+        data=DataConfig(source="tokens"), eval_batches=0, compare_with="zlib_and_bigram"
+    )
+    with pytest.raises(ValueError, match=r"compare_with='zlib_and_bigram'.*data.source='tokens'"):
+        checks.check_comparison(config)
+    checks.check_comparison(dataclasses.replace(config, compare_with="nothing"))
+    text = dataclasses.replace(config.data, source="text")
+    checks.check_comparison(dataclasses.replace(config, data=text))

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from bmojo_jax import optim, sharding
 from bmojo_jax.checkpoint import Checkpoints
 from bmojo_jax.config import MeshConfig, OptimConfig, TrainConfig
+from bmojo_jax.data.tokenizers import ByteTokenizer
 from bmojo_jax.settings import from_dict, to_dict
 
 
@@ -115,16 +116,40 @@ def test_state_may_be_donated_while_it_is_being_saved(tmp_path):
     np.testing.assert_array_equal(restored["params"]["w"], saved)
 
 
-def test_restore_onto_another_mesh(tmp_path):
-    def placed(state, **sizes):
-        mesh = sharding.make_mesh(MeshConfig(**sizes))
-        return jax.device_put(state, sharding.state_shardings(mesh, state["params"], state))
+def _placed(state, sizes):
+    """On a mesh of all devices, or, for None, on one device."""
+    devices = jax.devices() if sizes else jax.devices()[3:4]
+    mesh = sharding.make_mesh(MeshConfig(**(sizes or {})), devices)
+    return jax.device_put(state, sharding.state_shardings(mesh, state["params"], state))
 
+
+_MESHES = {
+    "one": None,
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "data-fsdp": {"data": 2, "fsdp": 4},
+    "fsdp-tensor": {"data": 1, "fsdp": 2, "tensor": 4},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+@pytest.mark.parametrize("saved", _MESHES)
+def test_restore_onto_another_mesh(saved, tmp_path):
+    """From each to each, bit for bit, with the optimizer's state."""
     state = _state()._asdict()
     with _open(tmp_path) as checkpoints:
-        checkpoints.save(1, placed(state, data=2, fsdp=4), {}, {})
-        target = placed(_state(5)._asdict(), data=1, fsdp=2, tensor=4)
-        restored, _ = checkpoints.restore(_abstract(target))
+        checkpoints.save(1, _placed(state, _MESHES[saved]), {}, {})
+        for name, sizes in _MESHES.items():
+            target = _placed(_state(5)._asdict(), sizes)
+            restored, _ = checkpoints.restore(_abstract(target))
+            _assert_same(restored, state)
+            for x, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
+                assert x.sharding == wanted.sharding, name
+            kernel = restored["opt_state"][1].mu["groups"]["0"]["mlp"]["up_proj"]["kernel"]
+            assert isinstance(kernel.sharding, NamedSharding)
+            assert kernel.sharding.spec == P(None, "fsdp", "tensor")
+            shards = {"fsdp": 8, "data-fsdp": 4, "fsdp-tensor": 8, "all": 4}.get(name, 1)
+            assert kernel.size == shards * kernel.addressable_shards[0].data.size
         single = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[3])
@@ -132,12 +157,18 @@ def test_restore_onto_another_mesh(tmp_path):
             state["params"],
         )
         params = checkpoints.restore_params(single)
-    _assert_same(restored, state)
     _assert_same(params, state["params"])
-    kernel = restored["opt_state"][1].mu["groups"]["0"]["mlp"]["up_proj"]["kernel"]
-    assert kernel.sharding.spec == P(None, "fsdp", "tensor")
-    assert isinstance(kernel.sharding, NamedSharding)
     assert params["embedding"]["table"].devices() == {jax.devices()[3]}
+
+
+def test_the_tokenizer_travels_with_the_checkpoint(tmp_path):
+    with _open(tmp_path) as checkpoints:
+        checkpoints.save(1, _state(), {}, {})
+        assert checkpoints.tokenizer() is None
+        checkpoints.save(2, _state(), {}, {}, tokenizer=ByteTokenizer())
+    with _open(tmp_path) as checkpoints:
+        assert isinstance(checkpoints.tokenizer(), ByteTokenizer)
+        assert checkpoints.tokenizer(1) is None
 
 
 def test_saving_a_step_twice_is_harmless_and_an_earlier_one_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from bmojo_jax import checkpoint, evaluate, model, sharding, trainer
 from bmojo_jax.checkpoint import Trained
 from bmojo_jax.config import MeshConfig
 from bmojo_jax.data import pipeline, sources
-from bmojo_jax.evaluate import memory, validation
+from bmojo_jax.evaluate import bootstrap, memory, validation
 from tests.runs import records, tiny_run, write_documents
 
 
@@ -36,14 +36,14 @@ def run(tmp_path_factory):
 
 
 def _nll_by_hand(trained, documents, context):
-    """For every target: its position in its piece, and -log p, one piece at a time."""
-    positions, nll = [], []
+    """For every target: its position in its piece, -log p and its document, piece by piece."""
+    positions, nll, owners = [], [], []
     length = trained.config.data.sequence_length
     forward = jax.jit(
         lambda tokens: jax.nn.log_softmax(model.bind(trained.config.model, trained.params)(tokens))
     )
     column = 0
-    for document in documents:
+    for owner, document in enumerate(documents):
         ids = np.array([256, *document, 256])
         done = 0
         while done < len(ids) - 1:
@@ -54,9 +54,10 @@ def _nll_by_hand(trained, documents, context):
             targets = ids[done + 1 : done + 1 + size]
             nll.extend(-log_p[np.arange(size), targets].astype(np.float64))
             positions.extend(range(size))
+            owners.extend([owner] * size)
             done += size
             column += size
-    return np.array(positions), np.array(nll)
+    return np.array(positions), np.array(nll), np.array(owners)
 
 
 def test_validation_suite(run, tmp_path):
@@ -80,8 +81,11 @@ def test_validation_suite(run, tmp_path):
 
     # What a model that sees one piece at a time says.
     for context, row in ((5, result["by_context"][0]), (16, result["by_context"][1])):
-        positions, nll = _nll_by_hand(trained, documents, context)
+        positions, nll, owners = _nll_by_hand(trained, documents, context)
         assert row["loss"] == pytest.approx(nll.mean(), rel=1e-5)
+        assert row["documents"] == len(documents)
+        spread = bootstrap.interval(np.bincount(owners, nll), np.bincount(owners))
+        assert row["interval"] == pytest.approx(list(spread), rel=1e-5)
     assert result["by_position"]["context"] == 16
     octaves = result["by_position"]["octaves"]
     assert [(row["first"], row["last"]) for row in octaves] == [
@@ -166,6 +170,7 @@ def test_memory_statistics_are_means_over_batches(run):
 
     sums = dict.fromkeys(("mass_eidetic", "memory_age"), 0.0)
     weights = dict.fromkeys(sums, 0.0)
+    parts = {name: [] for name in sums}
     source = sources.open_source(data, "validation")
     for batch in pipeline.validation_batches(
         source,
@@ -182,9 +187,12 @@ def test_memory_statistics_are_means_over_batches(run):
             weight = share * (measured["memory_filled"][1] if name == "memory_age" else 1)
             sums[name] += float(weight * measured[name][1])
             weights[name] += float(weight)
+            parts[name].append((float(weight * measured[name][1]), float(weight)))
     row = memory.run(trained, batches=0)["by_layer"][2]
     for name in sums:
         assert row[name] == pytest.approx(sums[name] / weights[name], rel=1e-4)
+        spread = bootstrap.interval(*np.array(parts[name]).T)
+        assert row["intervals"][name] == pytest.approx(list(spread), rel=1e-4)
 
 
 def test_loading_needs_a_run_and_leaves_it_alone(run, tmp_path):

@@ -8,8 +8,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Of our own modules, what each may import; a name stands for everything below it.
 LAYERS = [
-    {"bmojo_jax.settings"},
-    {"bmojo_jax.config", "bmojo_jax.console", "bmojo_jax.paths"},
+    {"bmojo_jax.settings", "bmojo_jax.processes", "bmojo_jax.records"},
+    {"bmojo_jax.config", "bmojo_jax.console", "bmojo_jax.paths", "bmojo_jax.lock"},
+    {"bmojo_jax.manifest"},
+    {"bmojo_jax.inventory"},
     {"bmojo_jax.sharding", "bmojo_jax.layers"},
     {"bmojo_jax.memory"},
     {"bmojo_jax.cache"},
@@ -19,7 +21,7 @@ LAYERS = [
     {"bmojo_jax.data", "bmojo_jax.metrics", "bmojo_jax.checkpoint", "bmojo_jax.checks"},
     {"bmojo_jax.evaluate", "bmojo_jax.generate"},
     {"bmojo_jax.trainer"},
-    {"bmojo_jax.closing"},
+    {"bmojo_jax.closing", "bmojo_jax.sweep"},
     {"train", "eval"},
 ]
 

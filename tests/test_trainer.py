@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from bmojo_jax import checkpoint, checks, closing, metrics, optim, paths, presets, sharding, trainer
+from bmojo_jax import checks, closing, metrics, optim, paths, presets, processes, sharding, trainer
 from bmojo_jax.checkpoint import Checkpoints
 from bmojo_jax.config import MeshConfig, TrainConfig
 from bmojo_jax.data import pipeline, sources
@@ -366,17 +366,49 @@ def test_documents_that_come_or_go_are_told(folder, tmp_path, monkeypatch, caplo
 
     assert not re.search(told, train_to(2))
     assert not re.search(told, train_to(3))
-    went = sources.open_source(config.data, "train").paths[0]
-    (documents / went).unlink()
+    went = sources.open_source(config.data, "train")[0]
+    next(path for path in documents.iterdir() if path.read_bytes() == went).unlink()
     assert re.search(told + "3:", train_to(4))
     write_documents(documents, count=40)
     assert re.search(told + "4:", train_to(5))
 
 
+def test_folders_may_be_moved_but_not_exchanged(finished, folder, tmp_path, monkeypatch):
+    documents, workdir = tmp_path / "documents", tmp_path / "run"
+    shutil.copytree(folder, documents)
+    _fail_at(monkeypatch, 4, _crash)
+    with pytest.raises(_Crash):
+        trainer.train(_resumed_config(documents), workdir)
+    other = tmp_path / "other"
+    write_documents(other, count=20)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    told = rf"data\.path='{other}': must hold the same documents as '{documents}'"
+    with pytest.raises(checks.SettingsError, match=told):
+        trainer.train(_resumed_config(other), workdir)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    os.rename(documents, tmp_path / "moved")
+    _assert_continues(finished, _resumed_config(tmp_path / "moved"), workdir)
+
+
+def test_documents_left_out_are_told_and_counted(folder, tmp_path, caplog):
+    documents = tmp_path / "documents"
+    shutil.copytree(folder, documents)
+    for i in range(20):
+        (documents / f"bad{i}.txt").write_bytes(b"caf\xe9 " * 3)
+    with caplog.at_level("WARNING"):
+        trainer.train(_resumed_config(documents), tmp_path / "run")
+    counted = records(tmp_path / "run", "left_out")
+    assert counted and counted[-1]["step"] in (3, 6)
+    assert counted[-1]["not UTF-8"] >= 5
+    told = f"documents left out until step {counted[-1]['step']}: "
+    assert any(r.getMessage().startswith(told) for r in caplog.records)
+    assert len(counted) == len({line["not UTF-8"] for line in counted})  # only what has changed
+
+
 def test_the_checkpoint_of_another_number_of_processes(finished, folder, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
-    monkeypatch.setattr(checkpoint, "_gather", lambda text: [text, text])
+    monkeypatch.setattr(processes, "gather", lambda text: [text, text])
     with Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=1) as checkpoints:
         program = _program(_resumed_config(folder))
         checkpoints.save(7, program.init(), {}, to_dict(_resumed_config(folder)))
@@ -402,6 +434,8 @@ def test_a_second_ctrl_c_interrupts():
         ({"data": {"sequence_length": 32}}, r"data\.sequence_length=32: must be 16"),
         ({"data": {"seed": 1}}, r"data\.seed=1: must be 0"),
         ({"data": {"workers": 1}}, r"data\.workers=1: must be 0"),
+        ({"data": {"include": "*.txt"}}, r"data\.include='\*\.txt': must be ''"),
+        ({"data": {"tokenizer": "other.json"}}, r"data\.tokenizer='other\.json': must be 'bytes'"),
         ({"steps": 5, "optim": {"warmup_steps": 1}}, r"steps=5: must be at least 6"),
     ],
 )
@@ -431,6 +465,41 @@ def test_what_a_continuation_may_change(folder):
         mesh={"fsdp": 2},
     )
     checks.check_continuation(json.loads(json.dumps(before)), 6, now)
+
+
+class _Reversed(ByteTokenizer):
+    """Gives other ids, and has no file of its own."""
+
+    def fingerprint(self):
+        return "reversed"
+
+
+def test_the_tokenizer_of_a_continuation(folder, tmp_path, monkeypatch, caplog):
+    data = tiny_run(folder).data
+    file = tmp_path / "tokenizer.json"
+    named = dataclasses.replace(data, tokenizer=str(file))
+    saved = _Reversed()
+    assert isinstance(checks.choose_tokenizer(data, None), ByteTokenizer)
+    with pytest.raises(
+        ValueError, match=r"data\.tokenizer='bytes': must be the tokenizer with whi"
+    ):
+        checks.choose_tokenizer(data, saved)
+    with caplog.at_level("INFO"):
+        assert checks.choose_tokenizer(named, saved) is saved  # its file is gone
+    assert f"data.tokenizer={str(file)!r} is gone; its copy in the checkpoint" in caplog.text
+    with pytest.raises(ValueError, match=r"data\.tokenizer="):
+        checks.choose_tokenizer(named, None)
+    file.write_text("{}")
+    made = []
+    monkeypatch.setattr(
+        checks.tokenizers, "make_tokenizer", lambda data: made.append(data) or saved
+    )
+    assert checks.choose_tokenizer(named, saved) is saved and made == [named]
+    with pytest.raises(ValueError, match=rf"data\.tokenizer='{file}': .*gives other ids"):
+        checks.choose_tokenizer(named, ByteTokenizer())
+    # By its file it is compared, not by its name.
+    now = dataclasses.replace(tiny_run(folder), data=named)
+    checks.check_continuation(to_dict(tiny_run(folder)), 1, now, tokenizer=saved)
 
 
 def test_another_model_is_refused_before_anything_is_written(finished, folder):

@@ -5,6 +5,7 @@ A suite is a module with
     run(trained, **options) -> dict   what is written to JSON; every option has a default
     table(result) -> list of str      its lines as text
     draw(result, figure)              its picture, on an empty figure
+    load(workdir, *, step)            what `run` takes, where that is not one model (optional)
 
 A result says how many items it is over (`targets`, `items`) and how they spread. It has `suite`,
 its name, and `title`: what was measured on what.
@@ -17,9 +18,27 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bmojo_jax.evaluate import memory, validation
+from bmojo_jax.evaluate import (
+    harness,
+    mad,
+    memory,
+    mqar,
+    needles,
+    perplexity,
+    phonebook,
+    validation,
+)
 
-SUITES: dict[str, ModuleType] = {"validation": validation, "memory": memory}
+SUITES: dict[str, ModuleType] = {
+    "validation": validation,
+    "memory": memory,
+    "perplexity": perplexity,
+    "needles": needles,
+    "phonebook": phonebook,
+    "harness": harness,
+    "mqar": mqar,
+    "mad": mad,
+}
 
 
 def table(result: dict[str, Any]) -> str:

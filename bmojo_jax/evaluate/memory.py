@@ -1,7 +1,8 @@
 """What the layers do with their memories, on the validation split.
 
 For every layer, which share of the attention mass each stream of keys gets, the innovation of all
-tokens and of those that are remembered, and how many tokens old those are.
+tokens and of those that are remembered, and how many tokens old those are. Intervals are bootstraps
+over batches; neighbouring ones may be of one document, so they say the least that is uncertain.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from bmojo_jax import model, sharding
 from bmojo_jax.checkpoint import Trained
 from bmojo_jax.config import MeshConfig
 from bmojo_jax.data import pipeline, sources
+from bmojo_jax.evaluate.bootstrap import interval
 from bmojo_jax.evaluate.validation import rows_together, title
 
 # Columns: key, heading, and what it is a mean over.
@@ -53,11 +55,13 @@ def run(trained: Trained, *, batches: int = 8) -> dict[str, Any]:
         return bound.hidden_states(batch["inputs"], batch["positions"], statistics=True)[1]
 
     step = jax.jit(statistics, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    layers = [
+    layers: list[dict[str, Any]] = [
         {"layer": i, "mixer": config.model.blocks[i % len(config.model.blocks)].mixer}
         for i in range(config.model.depth)
     ]
-    totals = [dict.fromkeys((key for key, _, _ in _MEMORY), (0.0, 0.0)) for _ in layers]
+    # For every layer and key: values times weight, and weights, of the batches.
+    parts: list[dict[str, list[tuple[float, float]]]] = [{} for _ in layers]
+    tokens, read = 0.0, 0
     with jax.set_mesh(mesh):
         for batch in pipeline.validation_batches(
             sources.open_source(data, "validation"),
@@ -69,22 +73,29 @@ def run(trained: Trained, *, batches: int = 8) -> dict[str, Any]:
             limit=batches,
         ):
             weight = float(batch["weights"].mean())
+            tokens, read = tokens + float(batch["weights"].sum()), read + 1
             measured = jax.device_get(step(trained.params, sharding.place_batch(batch, mesh)))
-            for i, total in enumerate(totals):
+            for i, part in enumerate(parts):
                 group, block = divmod(i, len(config.model.blocks))
                 values = {key: float(x[group]) for key, x in measured[str(block)].items()}
                 for key, _, over in _MEMORY:
                     if key in values:
                         w = weight * (values["memory_filled"] if over == "remembered" else 1.0)
-                        total[key] = (total[key][0] + w * values[key], total[key][1] + w)
-    for layer, total in zip(layers, totals, strict=True):
-        layer |= {key: value / weight for key, (value, weight) in total.items() if weight}
+                        part.setdefault(key, []).append((w * values[key], w))
+    for layer, part in zip(layers, parts, strict=True):
+        sums = {key: np.array(pairs) for key, pairs in part.items()}
+        sums = {key: pairs for key, pairs in sums.items() if pairs[:, 1].sum()}
+        layer |= {key: float(x[:, 0].sum() / x[:, 1].sum()) for key, x in sums.items()}
+        if sums:
+            layer["intervals"] = {key: list(interval(*x.T)) for key, x in sums.items()}
     return {
         "suite": "memory",
         "title": title(trained),
         "step": trained.step,
         "data": config.data.path,
         "training_length": config.data.sequence_length,
+        "batches": read,
+        "tokens": tokens * jax.process_count(),
         "by_layer": layers,
     }
 
@@ -103,6 +114,12 @@ def table(result: dict[str, Any]) -> list[str]:
             line += f" {format(row[key], form) if key in row else '-':>{width}}"
         lines.append(line)
     lines += ["", "age in tokens, at the start of the chunk that remembers; filled: share of slots"]
+    lines.append(f"{result['tokens']:,.0f} tokens in {result['batches']:,} batches")
+    for key, heading, _ in _MEMORY:
+        ends = [row["intervals"][key] for row in result["by_layer"] if key in row]
+        if ends:
+            widest = max(high - low for low, high in ends) / 2
+            lines.append(f"95 % over batches, widest of all layers: {heading} ±{widest:.4f}")
     return lines
 
 
@@ -117,8 +134,15 @@ def draw(result: dict[str, Any], figure: Figure) -> None:
         below += shares
     left.set_ylabel("share of attention mass")
     remembering = [row for row in rows if "memory_age" in row]
-    right.plot(
-        [row["layer"] for row in remembering], [row["memory_age"] for row in remembering], "o-"
+    ages = np.array([row["memory_age"] for row in remembering])
+    ends = np.array([row["intervals"]["memory_age"] for row in remembering]).reshape(-1, 2)
+    right.errorbar(
+        [row["layer"] for row in remembering],
+        ages,
+        # An interval of quantiles need not hold the mean where there are few batches.
+        np.maximum([ages - ends[:, 0], ends[:, 1] - ages], 0),
+        fmt="o-",
+        capsize=3,
     )
     right.set_ylabel("age of remembered tokens")
     left.legend()

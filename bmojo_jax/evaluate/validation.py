@@ -6,6 +6,8 @@
 *By context length T*: the held-out documents are packed into rows of T tokens, so no token sees
 more than T - 1 tokens of its document. *By position*: the loss of the tokens that stand at
 positions [2^k, 2^(k+1)) of their document piece, in the rows of one context length.
+
+Intervals are bootstraps over documents.
 """
 
 import dataclasses
@@ -26,18 +28,46 @@ from bmojo_jax.checkpoint import Trained
 from bmojo_jax.config import MeshConfig, TrainConfig
 from bmojo_jax.data import pipeline, sources
 from bmojo_jax.data.tokenizers import Tokenizer
+from bmojo_jax.evaluate.bootstrap import interval
 from bmojo_jax.metrics import bits_per_byte
 
 
-class _Sums(NamedTuple):
-    nll_L: Array | np.ndarray  # by position in the document piece
-    weight_L: Array | np.ndarray
-    num_bytes: Array | np.ndarray
+class _Tokens(NamedTuple):
+    """Of a batch, on every process."""
+
+    nll_BL: Array  # 0 where the weight is
+    weights_BL: Array
+    positions_BL: Array  # in the document piece
+    bytes_BL: Array  # that the target stands for
+    starts_BL: Array  # whether it is the first token of a document
 
 
-def _add(total: _Sums, part: _Sums) -> _Sums:
-    """In float64 on the host."""
-    return jax.tree.map(lambda a, b: a + np.asarray(b, np.float64), total, part)
+class _Totals:
+    """Sums over batches in their order, in float64 on the host."""
+
+    def __init__(self, length: int) -> None:
+        self.nll_L = np.zeros(length)
+        self.weight_L = np.zeros(length)
+        self.num_bytes = 0.0
+        # Of each document. Entry 0 stays empty: rows begin with the start of the first.
+        self.nll_D, self.weight_D = np.zeros(1), np.zeros(1)
+
+    def add(self, tokens: _Tokens) -> None:
+        nll, weights, positions, num_bytes, starts = (
+            np.asarray(array).reshape(-1) for array in tokens
+        )
+        length = len(self.nll_L)
+        self.nll_L += np.bincount(positions, nll, length)
+        self.weight_L += np.bincount(positions, weights, length)
+        self.num_bytes += float(num_bytes.sum(dtype=np.float64))
+        document = len(self.nll_D) - 1 + np.cumsum(starts)
+        new = int(document[-1]) + 1 - len(self.nll_D)
+        self.nll_D = np.pad(self.nll_D, (0, new)) + np.bincount(
+            document, nll, len(self.nll_D) + new
+        )
+        self.weight_D = np.pad(self.weight_D, (0, new)) + np.bincount(
+            document, weights, len(self.weight_D) + new
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +77,8 @@ class Validation:
     nll_L: np.ndarray  # nats, by position in the document piece
     weight_L: np.ndarray  # targets, likewise
     num_bytes: float  # that the targets stand for
+    nll_D: np.ndarray  # nats, by document
+    weight_D: np.ndarray  # targets, likewise
 
     @property
     def targets(self) -> float:
@@ -61,6 +93,15 @@ class Validation:
     @property
     def bits_per_byte(self) -> float:
         return bits_per_byte(float(self.nll_L.sum()), self.num_bytes)
+
+    @property
+    def documents(self) -> int:
+        return int((self.weight_D > 0).sum())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the loss, over documents."""
+        return interval(self.nll_D, self.weight_D)
 
     def metrics(self) -> dict[str, float]:
         return {"loss": self.loss, "bits_per_byte": self.bits_per_byte, "targets": self.targets}
@@ -88,7 +129,7 @@ def make_validator(
     length = config.data.sequence_length
     source = sources.open_source(config.data, "validation")
 
-    def sums(params: model.Params, batch: dict[str, Array]) -> _Sums:
+    def measure(params: model.Params, batch: dict[str, Array]) -> _Tokens:
         x_BLD = model.hidden_states(
             config.model, params, batch["inputs"], positions_BL=batch["positions"]
         )
@@ -98,16 +139,17 @@ def make_validator(
             batch["targets"],
             vocab_chunk=config.vocab_chunk,
         )
-        weights_BL, positions_BL = batch["weights"], batch["positions"]
-        zeros_L = jnp.zeros((length,), nll_BL.dtype)
-        return _Sums(
-            nll_L=zeros_L.at[positions_BL].add(weights_BL * nll_BL),
-            weight_L=zeros_L.at[positions_BL].add(weights_BL.astype(nll_BL.dtype)),
-            num_bytes=jnp.sum(jnp.asarray(token_bytes_V)[batch["targets"]] * weights_BL),
+        weights_BL = batch["weights"]
+        return _Tokens(
+            nll_BL=weights_BL * nll_BL,
+            weights_BL=weights_BL,
+            positions_BL=batch["positions"],
+            bytes_BL=jnp.asarray(token_bytes_V)[batch["targets"]] * weights_BL,
+            starts_BL=(batch["inputs"] == tokenizer.boundary_id) & (weights_BL > 0),
         )
 
     replicated = NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(sums, out_shardings=replicated)
+    step = jax.jit(measure, out_shardings=replicated)
 
     def validate(params: model.Params) -> Validation:
         batches = pipeline.validation_batches(
@@ -119,19 +161,20 @@ def make_validator(
             process_count=jax.process_count(),
             limit=config.eval_batches,
         )
-        total = _Sums(np.zeros(length), np.zeros(length), np.zeros(()))
-        pending = total
+        total = _Totals(length)
+        pending = None
         with jax.set_mesh(mesh):
             for batch in tqdm.tqdm(
                 batches, desc="validation", unit="batch", leave=False, mininterval=1, disable=None
             ):
                 following = step(params, sharding.place_batch(batch, mesh))
                 # One batch late, so that the device always has one to work on.
-                total = _add(total, pending)
+                if pending is not None:
+                    total.add(pending)
                 pending = following
-        total = _add(total, pending)
-        nll_L, weight_L = np.asarray(total.nll_L), np.asarray(total.weight_L)
-        return Validation(nll_L, weight_L, float(total.num_bytes))
+        if pending is not None:
+            total.add(pending)
+        return Validation(**vars(total))
 
     return validate
 
@@ -189,7 +232,15 @@ def run(
         result = make_validator(_at_context(config, context, mesh), mesh, trained.tokenizer)(
             trained.params
         )
-        rows.append({"context": context, **result.metrics(), "bytes": result.num_bytes})
+        rows.append(
+            {
+                "context": context,
+                **result.metrics(),
+                "interval": list(result.interval),
+                "bytes": result.num_bytes,
+                "documents": result.documents,
+            }
+        )
         if positions is None or context <= config.data.sequence_length:
             positions = {"context": context, "octaves": result.by_position()}
     return {
@@ -204,11 +255,17 @@ def run(
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    lines = [f"{'context':>12} {'nats/token':>11} {'bits/byte':>10} {'targets':>10}"]
+    documents = max(row["documents"] for row in result["by_context"])
+    lines = [
+        f"{documents:,} documents; intervals: 95 %, bootstrap over documents",
+        "",
+        f"{'context':>12} {'nats/token':>11} {'bits/byte':>10} {'targets':>10} {'interval':^18}",
+    ]
     for row in result["by_context"]:
+        low, high = row["interval"]
         lines.append(
             f"{row['context']:>12,} {row['loss']:>11.4f} {row['bits_per_byte']:>10.4f} "
-            f"{row['targets']:>10,.0f}"
+            f"{row['targets']:>10,.0f} {low:>8.4f} - {high:.4f}"
         )
     positions = result["by_position"]
     lines += ["", f"by position, rows of {positions['context']:,} tokens"]
@@ -222,7 +279,10 @@ def table(result: dict[str, Any]) -> list[str]:
 def draw(result: dict[str, Any], figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
     rows, octaves = result["by_context"], result["by_position"]["octaves"]
-    left.plot([row["context"] for row in rows], [row["loss"] for row in rows], "o-")
+    contexts = [row["context"] for row in rows]
+    left.plot(contexts, [row["loss"] for row in rows], "o-")
+    low, high = zip(*(row["interval"] for row in rows), strict=True)
+    left.fill_between(contexts, low, high, alpha=0.2, label="95 %, over documents")
     left.axvline(result["training_length"], color="grey", linestyle=":", label="training length")
     left.legend()
     left.set_xlabel("context, tokens")

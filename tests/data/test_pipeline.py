@@ -1,13 +1,23 @@
 """Batches: deterministic, shuffled, shared out by process, resumable bit by bit."""
 
+import dataclasses
+import itertools
 import json
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from absl import flags
 
-from bmojo_jax.config import DataConfig
-from bmojo_jax.data import pipeline, sources
+from bmojo_jax.config import DataConfig, SourceConfig
+from bmojo_jax.data import packing, pipeline, sources
+from bmojo_jax.data.documents import BadDocument
 from bmojo_jax.data.tokenizers import ByteTokenizer
 
 CHUNK = 4
@@ -23,10 +33,10 @@ def parsed_flags():
 
 @pytest.fixture
 def folder(tmp_path, rng):
-    """23 files of random bytes, each beginning with its own number; one empty, one long."""
+    """23 files of random letters, each beginning with a sign of its own; one empty, one long."""
     for n in range(23):
         size = 300 if n == 7 else rng.integers(1, 30)
-        content = bytes([n]) + rng.integers(64, 256, size, np.uint8).tobytes()
+        content = bytes([32 + n]) + rng.integers(64, 127, size, np.uint8).tobytes()
         (tmp_path / f"{n}.txt").write_bytes(content)
     (tmp_path / "empty.txt").write_bytes(b"")
     return tmp_path
@@ -232,9 +242,240 @@ def test_errors_name_the_setting(folder):
         validation(config(folder), 0, 3)
     with pytest.raises(ValueError, match=r"process_index=2: must be in \[0, process_count=2\)"):
         train(config(folder), 2, 2)
-    with pytest.raises(ValueError, match=r"at least process_count=32 training files, it holds"):
+    with pytest.raises(ValueError, match=r"at least process_count=32 training doc.* it holds 1"):
         train(config(folder, batch_size=32), 0, 32)
     with pytest.raises(ValueError, match=r"data\.workers=2: must be 0 unless absl's flags are"):
         train(config(folder, workers=2))
     with pytest.raises(ValueError, match=r"data\.path=''"):
         validation(DataConfig())
+
+
+class Documents:
+    """A source of what it is given."""
+
+    def __init__(self, documents):
+        self.documents = documents
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, index):
+        return self.documents[index]
+
+    def fingerprint(self):
+        return repr(self.documents)
+
+    def __repr__(self):
+        return "Documents"
+
+
+@pytest.fixture
+def mixture(folder, monkeypatch):
+    """The folder, and documents of nothing but bytes 40 and of nothing but bytes 50."""
+    added = [
+        Documents([bytes([40]) * n for n in range(1, 12)]),
+        Documents([b"2" * n for n in range(3, 9)] + [BadDocument("bad", "unreadable")]),
+    ]
+    monkeypatch.setattr(sources, "open_mixed_in", lambda data: added)
+    sources_of = (SourceConfig(path="a", weight=1.5), SourceConfig(path="b", weight=0.5))
+    return config(folder, weight=4.0, mixed_in=sources_of)
+
+
+def rows_of(batches):
+    return [row for batch in batches for row in batch["inputs"]]
+
+
+def is_of(row, byte):
+    return bool(np.isin(row, [byte, 256]).all())
+
+
+def test_sources_are_mixed_by_weight(mixture):
+    iterator = train(mixture)
+    rows = rows_of(take(iterator, 60))
+    iterator.close()
+    counts = {byte: sum(is_of(row, byte) for row in rows) for byte in (40, 50)}
+    assert counts == {40: 60, 50: 20}  # of 240: 1.5 and 0.5 of 6
+    alone = train(dataclasses.replace(mixture, mixed_in=()))
+    main = [row for row in rows if not is_of(row, 40) and not is_of(row, 50)]
+    np.testing.assert_array_equal(main, rows_of(take(alone, 40)))  # 160 rows
+    alone.close()
+
+
+def test_every_mixed_source_is_shared_out_and_shuffled_in_each_epoch(mixture):
+    seen = []
+    for index in range(2):
+        iterator = train(mixture, index, 2)
+        rows = [row for row in rows_of(take(iterator, 120)) if is_of(row, 40)]
+        iterator.close()
+        lengths = np.diff(np.flatnonzero(np.concatenate(rows) == 256)) - 1
+        seen.append([lengths[first : first + 6 - index] for first in (0, 6 - index)])
+    for epoch in range(2):
+        both = np.concatenate([lengths[epoch] for lengths in seen])
+        assert sorted(both) == list(range(1, 12))
+    assert list(seen[0][0]) != list(seen[0][1])
+
+
+def test_resume_of_a_mixture_is_exact(mixture):
+    for window in (1, 7):
+        check_resume(dataclasses.replace(mixture, shuffle_window=window), (0, 1, 7, 20))
+
+
+def test_too_few_documents_of_a_mixed_source_for_the_processes(mixture):
+    data = dataclasses.replace(mixture, batch_size=8)
+    with pytest.raises(ValueError, match=r"data\.mixed_in\[1\]\.path='b'.*=8 .* it holds 7"):
+        train(data, 0, 8)
+
+
+def test_the_fingerprint_is_of_all_sources(mixture, folder):
+    source = sources.open_source(mixture, "train")
+    whole = pipeline.fingerprint(source, mixture)
+    assert whole == pipeline.fingerprint(source, mixture)
+    assert whole != pipeline.fingerprint(source, dataclasses.replace(mixture, mixed_in=()))
+    sources.open_mixed_in(mixture)[1].documents.append(b"new")
+    assert whole != pipeline.fingerprint(source, mixture)
+
+
+def with_bad_ones(rng):
+    documents = [rng.integers(0, 256, 20, np.uint8).tobytes() for _ in range(12)]
+    documents[3] = BadDocument("c.txt", "not UTF-8")
+    documents[7] = BadDocument("g.txt", "unreadable")
+    documents[8] = b""
+    return Documents(documents)
+
+
+def count_documents(data, source, batches):
+    iterator = pipeline.train_iterator(
+        source, data, CHUNK, ByteTokenizer(), process_index=0, process_count=1
+    )
+    seen = []
+    for _ in range(batches):
+        next(iterator)
+        seen.append(pipeline.left_out(json.loads(json.dumps(iterator.get_state()))))
+    state = iterator.get_state()
+    iterator.set_state(state)
+    assert pipeline.left_out(iterator.get_state()) == seen[-1]
+    iterator.close()
+    return seen
+
+
+def test_bad_documents_are_counted_in_the_state(rng):
+    # 9 documents of 21 targets in an epoch: 12 rows of 16 and a bit, 3 batches.
+    data = DataConfig(sequence_length=16, batch_size=4, shuffle_window=5)
+    seen = count_documents(data, with_bad_ones(rng), 30)
+    assert seen[-1].keys() == {"empty", "not UTF-8", "unreadable"}
+    # Read so far are the rows given out and the window: 125 rows, 10.6 epochs.
+    assert all(10 <= count <= 11 for count in seen[-1].values())
+    for earlier, later in itertools.pairwise(seen):
+        assert all(later[reason] >= count for reason, count in earlier.items())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("parsed_flags")
+def test_bad_documents_are_counted_in_reader_processes(rng):
+    data = DataConfig(sequence_length=16, batch_size=4, shuffle_window=5, workers=2)
+    seen = count_documents(data, with_bad_ones(rng), 30)
+    # Each reader has every second document: together an epoch of rows is what it was.
+    assert all(10 <= count <= 12 for count in seen[-1].values())
+
+
+def test_bad_documents_of_the_validation_split_are_told_once(rng, caplog):
+    for log in (pipeline._log_once, packing._warn_once):
+        log.cache_clear()
+    data = DataConfig(sequence_length=16, batch_size=4)
+    source = with_bad_ones(rng)
+
+    def run():
+        batches = pipeline.validation_batches(
+            source, data, CHUNK, ByteTokenizer(), process_index=0, process_count=1, limit=0
+        )
+        return documents_of(batches)
+
+    good = [document for document in source.documents if isinstance(document, bytes) and document]
+    with caplog.at_level(logging.WARNING):
+        assert run() == run() == good
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "c.txt: left out (not UTF-8)",
+        "g.txt: left out (unreadable)",
+        "document 8 of Documents: left out (empty)",
+        "validation documents of data.path='': left out "
+        "{'empty': 1, 'not UTF-8': 1, 'unreadable': 1}",
+    ]
+    source.documents = [b"", BadDocument("x", "unreadable")]
+    with pytest.raises(ValueError, match=r"must be some that can be used; left out: \{'empty': 1"):
+        run()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("parsed_flags")
+def test_reader_processes_outlive_ctrl_c(folder):
+    data = config(folder, workers=2)
+    undisturbed = train(data)
+    expected = take(undisturbed, 40)
+    undisturbed.close()
+    iterator = train(data)
+    first = take(iterator, 2)
+    readers = multiprocessing.active_children()
+    assert len(readers) == 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for reader in readers:
+            os.kill(reader.pid, number)
+    time.sleep(1)
+    assert_same(first + take(iterator, 38), expected)  # more than had been read ahead
+    assert multiprocessing.active_children() == readers
+    iterator.close()
+    assert not multiprocessing.active_children()
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from absl import flags
+from bmojo_jax.config import DataConfig
+from bmojo_jax.data import pipeline, sources
+from bmojo_jax.data.tokenizers import ByteTokenizer
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    data = DataConfig(path=sys.argv[1], sequence_length=16, batch_size=4, workers=2)
+    iterator = pipeline.train_iterator(
+        sources.open_source(data, "train"), data, 4, ByteTokenizer(),
+        process_index=0, process_count=1,
+    )
+    next(iterator), next(iterator)
+    print(*[reader.pid for reader in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_reader_processes_end_with_the_one_that_reads(folder, tmp_path_factory):
+    script = tmp_path_factory.mktemp("script") / "killed.py"
+    script.write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+    )
+    readers = [int(pid) for pid in process.stdout.readline().split()]
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    assert len(readers) == 2
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(map(is_running, readers)):
+        time.sleep(0.2)
+    assert not any(map(is_running, readers))
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:  # ended, but nobody has asked for its exit status
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

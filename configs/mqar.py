@@ -1,0 +1,145 @@
+"""Multi-query associative recall (MQAR): which memory recalls what has left the window.
+
+    python train.py --config configs/mqar.py:bmojo --workdir runs/mqar-bmojo
+    python train.py --config configs/mqar.py:mamba,width=128,pairs=8/16/32/64,filler=zero \\
+        --config.task.seeds=3 --workdir runs/mqar-mamba
+    python eval.py --workdir runs/mqar-bmojo --suite mqar --pairs 8,16,32,64
+
+Purpose: the central experiment of B'MOJO (arXiv 2407.06324): rows of 256 tokens, a window of 32,
+two mixers without MLP. A row shows k pairs of a key and a value, then asks for every value by its
+key (`bmojo_jax/data/tasks/mqar.py`). At k = 64, and only there, all answers but 2 % lie beyond two
+windows. The argument after the colon is a family and, after commas, any of
+
+    width=64|128  pairs=K or K1/K2/..., rows in turn  tokens=M (bmojo)  filler=random|zero  small
+
+Families: attention (full), swa, mamba, hybrid (mamba, swa), bmojo_f, bmojo. All have the same norms
+where they apply (`ssm_norm`, `qk_norm`, `fading_norm`), rotary positions in attention and nowhere
+else, heads of 64 and tied embeddings.
+
+Recipe, after others (HazyResearch/zoology): AdamW with decay 0.1, cosine to zero, batch 256, the
+best of six learning rates from 1e-4 to 3e-2, which train at once. Ours: 10 % warm-up, clipping at
+1, and 4,000 steps, a million rows, each of them new (others: 3 to 11 million, seen many times).
+
+Hardware: one accelerator; if the replicas (rates x seeds) do not fit, `task.replicas_at_once`.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from bmojo_jax.config import DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from bmojo_jax.settings import to_config_dict
+
+PATTERNS = {
+    "attention": "attention",
+    "swa": "swa",
+    "mamba": "mamba",
+    "hybrid": "mamba,swa",
+    "bmojo_f": "bmojo_f",
+    "bmojo": "bmojo",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What follows the family."""
+
+    width: int = 64
+    pairs: tuple[int, ...] = (64,)
+    tokens: int = 64
+    filler: Literal["random", "zero"] = "random"
+
+
+def parse(texts: list[str]) -> Options:
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name == "filler":
+            values[name] = value
+            continue
+        numbers = value.split("/")
+        single = len(numbers) == 1 or name == "pairs"
+        if (
+            name not in ("width", "pairs", "tokens")
+            or not single
+            or not all(number.isdecimal() for number in numbers)
+        ):
+            raise ValueError(
+                f"{text!r}: must be width=D, pairs=K (or K1/K2/...), tokens=M, filler=random, "
+                'filler=zero or, alone, "small"'
+            )
+        values[name] = tuple(map(int, numbers)) if name == "pairs" else int(value)
+    return Options(**values)
+
+
+def small(family: str) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(
+            vocab_size=64,
+            width=32,
+            depth=2,
+            pattern=PATTERNS[family],
+            num_heads=1,
+            num_kv_heads=1,
+            head_width=32,
+            window=4,
+            eidetic_tokens=8,
+            chunk=4,
+            ssm_state=8,
+            qk_norm=False,
+        ),
+        optim=OptimConfig(warmup_steps=50, final_fraction=0.0),
+        data=DataConfig(sequence_length=32, batch_size=64),
+        task=TaskConfig(
+            name="mqar",
+            vocab_size=64,
+            pairs=(8,),
+            filler="zero",
+            test_examples=256,
+            rates=(3e-3, 1e-2, 3e-2),
+        ),
+        steps=600,
+        log_every=50,
+        eval_every=200,
+        checkpoint_every=300,
+    )
+
+
+def get_config(argument: str = "bmojo"):
+    family, *rest = argument.split(",")
+    if family not in PATTERNS:
+        raise ValueError(f"{family=}: must be one of {tuple(PATTERNS)}")
+    if rest == ["small"]:
+        return to_config_dict(small(family))
+    options = parse(rest)
+    width = options.width
+    return to_config_dict(
+        TrainConfig(
+            model=ModelConfig(
+                vocab_size=8192,
+                width=width,
+                depth=2,
+                pattern=PATTERNS[family],
+                num_heads=max(width // 64, 1),
+                num_kv_heads=max(width // 64, 1),
+                head_width=64,
+                window=32,
+                eidetic_tokens=options.tokens,
+                chunk=32,
+            ),
+            optim=OptimConfig(warmup_steps=400, final_fraction=0.0),
+            data=DataConfig(sequence_length=256, batch_size=256),
+            task=TaskConfig(
+                name="mqar",
+                vocab_size=8192,
+                pairs=options.pairs,
+                filler=options.filler,
+                rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+            ),
+            steps=4000,
+            log_every=20,
+            eval_every=400,
+            checkpoint_every=400,
+            keep_last=1,
+            keep_best=0,
+        )
+    )
