@@ -44,7 +44,9 @@ flags.DEFINE_integer("suffix", None, "Targets before an anchor.", lower_bound=1)
 flags.DEFINE_enum("form", None, windows.FORMS, "How documents are read: at once or in a stream.")
 flags.DEFINE_integer("rows", None, "Rows of a device call.", lower_bound=1)
 flags.DEFINE_list("lengths", None, "Lengths of prompts with their answers, in tokens.")
-flags.DEFINE_integer("items", None, "Prompts of each length; harness: of each task, 0: all.")
+flags.DEFINE_integer(
+    "items", None, "Prompts of each length; harness: of each task, 0: all.", lower_bound=0
+)
 flags.DEFINE_list("pairs", None, "mqar: numbers of pairs in a row.")
 flags.DEFINE_string("variants", None, "Of needles, comma-separated.")
 flags.DEFINE_list("tasks", None, "Names of tasks of the harness.")

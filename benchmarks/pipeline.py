@@ -30,7 +30,7 @@ from bmojo_jax.config import DataConfig
 from bmojo_jax.data import pipeline, sources, tokenize, tokenizers
 from configs import quickstart
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for pipeline.json and pipeline.png.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the JSON and PNG.", required=True)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Also measured; a file as data.tokenizer.")
 _MEGABYTES = flags.DEFINE_integer("megabytes", 24, "Of text.", lower_bound=2)
 _SECONDS = flags.DEFINE_float("seconds", 4.0, "For which batches of a case are counted.")
@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
         write_text(folder, _MEGABYTES.value * 2**20)
         print(f"{'':>40} {'Mtokens/s':>10} {'slowest':>8} {'first batch':>12} {'restore':>8}")
         for case in tqdm.tqdm(list(cases(folder)), unit="case", disable=None):
-            row = {"case": case.name, **measure(case.data)}
+            row: dict[str, Any] = {"case": case.name, **measure(case.data)}
             rows.append(row)
             tqdm.tqdm.write(
                 f"{case.name:>40} {row['tokens_per_second'] / 1e6:>10.2f} "
@@ -191,5 +191,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("output")
     app.run(main)

@@ -376,7 +376,7 @@ def test_attention_solves_what_a_short_window_cannot(tmp_path):
     attention, seconds = small_run(tmp_path / "attention", "attention")
     window, more = small_run(tmp_path / "swa", "swa")
     assert attention > 0.95
-    assert window < 0.6
+    assert window < 0.3
     print(f"{seconds + more:.0f} s")
 
 
@@ -384,7 +384,7 @@ def test_attention_solves_what_a_short_window_cannot(tmp_path):
 @pytest.mark.parametrize("family", ["mamba", "hybrid", "bmojo_f", "bmojo"])
 def test_every_family_takes_steps(tmp_path, family):
     accuracy, _ = small_run(
-        tmp_path / family, family, "--config.steps=60", "--config.task.rates=(0.01,)"
+        tmp_path / family, family, "--config.steps=100", "--config.task.rates=(0.01,)"
     )
     train = [r for r in records(tmp_path / family) if r["split"] == "train"]
     assert train[-1]["loss"][0] < 0.9 * np.log(32) and 0 <= accuracy <= 1

@@ -1,12 +1,16 @@
 """Scores of continuations and greedy ones, against one whole pass per sequence."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from bmojo_jax import model
+from bmojo_jax import model, sharding
 from bmojo_jax.checkpoint import Trained
+from bmojo_jax.config import MeshConfig
 from bmojo_jax.data.tasks.prompts import Prompt
 from bmojo_jax.data.tokenizers import ByteTokenizer
 from bmojo_jax.evaluate import answers, scoring
@@ -30,8 +34,7 @@ def float64():
 
 def build(family="bmojo"):
     config = small_config(**FAMILIES[family], vocab_size=VOCAB)
-    run = tiny_run("unused", model={"vocab_size": VOCAB})
-    run = type(run)(model=config, data=run.data, optim=run.optim, steps=run.steps)
+    run = dataclasses.replace(tiny_run("unused"), model=config)
     return Trained(run, float64_params(config), 0, ByteTokenizer())
 
 
@@ -84,7 +87,10 @@ def check(trained, requests, scores):
 def test_log_likelihoods_in_one_pass_and_streamed(rng, family, monkeypatch):
     trained = build(family)
     requests = requests_of(rng, trained)
-    whole = scoring.log_likelihoods(trained, requests)
+    # As eval.py loads them: on all devices.
+    everywhere = NamedSharding(sharding.make_mesh(MeshConfig()), PartitionSpec())
+    spread = dataclasses.replace(trained, params=jax.device_put(trained.params, everywhere))
+    whole = scoring.log_likelihoods(spread, requests)
     check(trained, requests, whole)
     assert [score.is_greedy for score in whole] == [False] * 6 + [True, True, False]
     monkeypatch.setattr(scoring, "_LONGEST_WHOLE", 8)
