@@ -251,9 +251,12 @@ class DataConfig(SourceConfig):
             "data.",
             self,
             1,
-            ("sequence_length", "batch_size", "shuffle_window", "longest_document"),
+            ("sequence_length", "batch_size", "shuffle_window"),
         )
-        check_at_least("data.", self, 0, ("workers", "seed"))
+        # A part holds a character, of up to 4 bytes.
+        check_at_least("data.", self, 4, ("longest_document",))
+        check_at_least("data.", self, 0, ("workers",))
+        require(0 <= self.seed < 2**32, "data.seed", self.seed, "in [0, 2**32)")
         require(
             0 < self.validation_fraction < 1,
             "data.validation_fraction",
