@@ -106,12 +106,29 @@ def _cell(value: float, ends: list[float], sign: str = "") -> str:
 
 
 def draw(results: dict[str, dict[str, Any]], figure: Figure) -> None:
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, middle, right = figure.subplots(1, 3)
+    right.sharey(left)
+    first, *_ = results
+    more = differences(results)
+    contexts = results[first]["settings"]["contexts"]
     for name, result in results.items():
         perplexity.draw_contexts(left, result, label=name)
         perplexity.draw_positions(right, result, label=name)
+        color = left.get_lines()[-1].get_color()
+        rows = more.get(
+            name, [{"context": c, "more": 0.0, "interval": (0.0, 0.0)} for c in contexts]
+        )
+        middle.plot(contexts, [row["more"] for row in rows], "o-", markersize=4, color=color)
+        low, high = zip(*(row["interval"] for row in rows), strict=True)
+        middle.fill_between(contexts, low, high, alpha=0.15, color=color, linewidth=0)
+    middle.set_xscale("log", base=2)
+    # Linear where models are close, so that one that fails does not hide the others' differences.
+    middle.set_yscale("symlog", linthresh=0.1)
+    middle.set_xlabel("context, tokens")
+    middle.set_ylabel(f"nats per token more than {first}")
+    middle.grid(alpha=0.3)
     lengths = sorted({result["training_length"] for result in results.values()})
-    for axes in (left, right):
+    for axes in (left, middle, right):
         for length in lengths:
             axes.axvline(length, color="grey", linestyle=":")
     left.plot([], [], color="grey", linestyle=":", label="training length")
@@ -122,6 +139,7 @@ def draw(results: dict[str, dict[str, Any]], figure: Figure) -> None:
     left.set_ylim(min(losses) - margin, max(losses) + margin)
     left.legend()
     left.set_title("the same targets, by context")
+    middle.set_title("paired difference")
     right.set_title("one pass, by position")
 
 
@@ -143,7 +161,7 @@ def main(argv: list[str]) -> None:
         "more_than_the_first": differences(results),
     }
     (out / "length_generalisation.json").write_text(json.dumps(record, indent=1) + "\n")
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
     draw(results, figure)
     figure.savefig(out / "length_generalisation.png", dpi=120)
 
