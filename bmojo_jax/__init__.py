@@ -10,5 +10,6 @@ Dimension key, used as suffixes of array names (`x_BLD`) and as letters of einsu
     T  taps of a convolution        F  hidden width of the MLP; keys of the fading window
     W  keys of the window           M  tokens in the eidetic memory
     C  tokens of a chunk            Z  chunks of a row
-    S  key positions
+    S  key positions                A  asked positions of a row
+    P  replicas of a sweep
 """

@@ -138,6 +138,7 @@ class Reporter:
         self._mfu_per_rate = flops_per_token / (peak * jax.device_count()) if peak else None
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._clock: tuple[int, float] | None = None  # step and time from which a rate counts
+        self._waited = 0.0  # seconds since then, for data
         self._last: dict[str, str] = {}
         self._writes = jax.process_index() == 0
         if not self._writes:
@@ -177,16 +178,18 @@ class Reporter:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         now = time.perf_counter()
         if self._clock is None:
-            self._clock = (step, now)  # the first step compiles: it is not timed
+            self._clock, self._waited = (step, now), 0.0  # the first step compiles: it is not timed
         if step % self._log_every == 0 or step == self._steps:
             rates = {}
             first, since = self._clock
             if step > first:
                 rate = (step - first) * self._tokens_per_step / (now - since)
                 rates["tokens_per_second"] = rate
+                # Of the host, ahead of which the device works: an upper bound of its own wait.
+                rates["data_wait"] = self._waited / (now - since)
                 if self._mfu_per_rate is not None:
                     rates["mfu"] = rate * self._mfu_per_rate
-            self._clock = (step, now)
+            self._clock, self._waited = (step, now), 0.0
             self._record(step, "train", values | rates)
         if self._writes:
             self._bar.update(step - self._bar.n)
@@ -200,6 +203,13 @@ class Reporter:
     def left_out(self, step: int, counts: Mapping[str, int]) -> None:
         """Records how many documents were left out until update `step`, by reason."""
         self._record(step, "left_out", dict(counts))
+
+    @contextlib.contextmanager
+    def waiting(self) -> Generator[None]:
+        """Counts what runs inside, taking the next batch, as time spent waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
@@ -262,9 +272,7 @@ class Reporter:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-        part = (
-            self._directory / "loss.part.png"
-        )  # so that what was there stays, if there is no room
+        part = self._directory / "loss.part.png"  # what was there stays, if there is no room
         try:
             figure.savefig(part, dpi=120)
             os.replace(part, self._directory / "loss.png")

@@ -341,7 +341,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
 
         step, validated = start, None
         for step in range(start + 1, config.steps + 1):
-            state, measured = program.step(state, sharding.place_batch(next(batches), mesh))
+            with reporter.waiting():
+                batch = next(batches)
+            state, measured = program.step(state, sharding.place_batch(batch, mesh))
             check_finite(config, step - 1, reporter.train(step, measured), checkpoints)
             stops = _agreed(bool(signals), step, config)
             last = step == config.steps

@@ -67,4 +67,5 @@ def records(workdir: pathlib.Path, split: str = "train") -> list[dict[str, Any]]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("tokens_per_second", None)
+        line.pop("data_wait", None)
     return [line for line in lines if line["split"] == split]
