@@ -375,6 +375,7 @@ def load(
     Raises:
       FileNotFoundError: there is no such checkpoint.
       DamagedError: it is damaged, or all are.
+      ValueError: the run was a sweep (`bmojo_jax/sweep.py`), not a language model.
     """
     directory = pathlib.Path(workdir) / "checkpoints"
     if not directory.is_dir():
@@ -383,6 +384,11 @@ def load(
 
         def read(step: int) -> Trained:
             config = from_dict(TrainConfig, checkpoints.config(step))
+            if config.task.name != "none":
+                raise ValueError(
+                    f"workdir={str(workdir)!r}: must be of a language model; it holds a sweep of "
+                    f"task.name={config.task.name!r}, which eval.py --suite mqar and mad evaluate"
+                )
             shapes = jax.eval_shape(lambda: model.init_params(config.model, jax.random.key(0)))
             if mesh is None:
                 device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

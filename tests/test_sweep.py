@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import eval as eval_program
-from bmojo_jax import checks, evaluate, losses, model, optim, sweep
+from bmojo_jax import checkpoint, checks, evaluate, losses, model, optim, sweep
 from bmojo_jax.checkpoint import Checkpoints
 from bmojo_jax.config import DataConfig, OptimConfig, TaskConfig, TrainConfig
 from bmojo_jax.data import tasks
@@ -321,6 +321,11 @@ def test_suite_on_other_rows(finished, tmp_path):
         mqar.run(got, pairs=(9,))
     with pytest.raises(ValueError, match="must be a task of MAD for this suite"):
         mad.run(got)
+
+
+def test_suites_of_language_models_refuse_a_sweep(finished):
+    with pytest.raises(ValueError, match="must be of a language model; it holds a sweep"):
+        checkpoint.load(finished)
 
 
 def test_suite_refuses_a_run_on_documents(tmp_path):
