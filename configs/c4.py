@@ -19,29 +19,11 @@ Hardware, time: as for `configs/lm.py`, from which rates and micro-batches are; 
 tokens. Only the settings are tested: this has not been run on C4, and there is no result yet.
 """
 
-import dataclasses
-
-from bmojo_jax import presets
-from bmojo_jax.config import DataConfig, OptimConfig, TrainConfig
+from bmojo_jax.config import DataConfig
 from bmojo_jax.settings import to_config_dict
-from configs.lm import ACCUMULATE, PEAK_RATES
+from configs import lm
 
 
 def get_config(preset: str = "bmojo,130m"):
-    family, _, size = preset.partition(",")
-    model = presets.model(family, size, vocab_size=32_768)  # pyrefly: ignore[bad-argument-type]
-    return to_config_dict(
-        TrainConfig(
-            model=dataclasses.replace(model, compute_dtype="bfloat16", remat="dots"),
-            optim=OptimConfig(
-                learning_rate=PEAK_RATES[size],
-                warmup_steps=500,
-                accumulate=ACCUMULATE.get(size, 1),
-            ),
-            data=DataConfig(source="tfds", name="c4/en", sequence_length=2048, batch_size=64),
-            steps=10_000,
-            eval_every=500,
-            eval_batches=32,
-            checkpoint_every=500,
-        )
-    )
+    data = DataConfig(source="tfds", name="c4/en", sequence_length=2048, batch_size=64)
+    return to_config_dict(lm.settings(preset, data, vocab_size=32_768))

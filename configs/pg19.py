@@ -16,37 +16,17 @@ Hardware, time: as for `configs/lm.py`, from which rates and micro-batches are; 
 tokens. Only the settings are tested: this has not been run on PG-19, and there is no result yet.
 """
 
-import dataclasses
-
-from bmojo_jax import presets
-from bmojo_jax.config import DataConfig, OptimConfig, TrainConfig
+from bmojo_jax.config import DataConfig
 from bmojo_jax.settings import to_config_dict
-from configs.lm import ACCUMULATE, PEAK_RATES
-
-ROWS = 16  # of a batch of 131,072 tokens
+from configs import lm
 
 
 def get_config(preset: str = "bmojo,130m"):
-    family, _, size = preset.partition(",")
-    model = presets.model(family, size, vocab_size=32_768)  # pyrefly: ignore[bad-argument-type]
-    return to_config_dict(
-        TrainConfig(
-            model=dataclasses.replace(model, compute_dtype="bfloat16", remat="dots"),
-            optim=OptimConfig(
-                learning_rate=PEAK_RATES[size],
-                warmup_steps=500,
-                accumulate=min(ACCUMULATE.get(size, 1), ROWS),
-            ),
-            data=DataConfig(
-                source="tfds",
-                name="pg19",
-                text_field="book_text",
-                sequence_length=8192,
-                batch_size=ROWS,
-            ),
-            steps=10_000,
-            eval_every=500,
-            eval_batches=32,
-            checkpoint_every=500,
-        )
+    data = DataConfig(
+        source="tfds",
+        name="pg19",
+        text_field="book_text",
+        sequence_length=8192,
+        batch_size=16,
     )
+    return to_config_dict(lm.settings(preset, data, vocab_size=32_768))

@@ -36,7 +36,7 @@ def write_documents(folder: pathlib.Path, count: int = 12) -> None:
 
 
 def tiny_run(folder: pathlib.Path, **changes: Any) -> TrainConfig:
-    """Changes are fields of TrainConfig, or dicts with fields of a section: optim={"eps": 1.0}."""
+    """A run with `changed` settings."""
     config = TrainConfig(
         model=TINY,
         optim=OptimConfig(warmup_steps=2),
@@ -53,13 +53,18 @@ def tiny_run(folder: pathlib.Path, **changes: Any) -> TrainConfig:
         eval_batches=0,
         checkpoint_every=3,
     )
-    changes = {
+    return changed(config, **changes)
+
+
+def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Changes are fields of TrainConfig, or dicts with fields of a section: optim={"eps": 1.0}."""
+    values = {
         name: dataclasses.replace(getattr(config, name), **value)
         if isinstance(value, dict)
         else value
         for name, value in changes.items()
     }
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, **values)
 
 
 def records(workdir: pathlib.Path, split: str = "train") -> list[dict[str, Any]]:

@@ -22,14 +22,14 @@ from bmojo_jax.config import DataConfig, OptimConfig, TaskConfig, TrainConfig
 from bmojo_jax.data import tasks
 from bmojo_jax.evaluate import mad, mqar, recall
 from bmojo_jax.settings import to_dict
-from tests.runs import TINY
+from tests.runs import TINY, changed
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = dataclasses.replace(TINY, vocab_size=32, pattern="swa")
 
 
 def tiny_sweep(**changes):
-    """Changes are fields of TrainConfig, or dicts with fields of a section."""
+    """A sweep with `changed` settings."""
     config = TrainConfig(
         model=MODEL,
         optim=OptimConfig(warmup_steps=2, weight_decay=0.3),
@@ -42,13 +42,7 @@ def tiny_sweep(**changes):
         eval_every=4,
         checkpoint_every=2,
     )
-    changes = {
-        name: dataclasses.replace(getattr(config, name), **value)
-        if isinstance(value, dict)
-        else value
-        for name, value in changes.items()
-    }
-    return dataclasses.replace(config, **changes)
+    return changed(config, **changes)
 
 
 def records(workdir):

@@ -20,7 +20,9 @@ def write(root, files):
 
 @pytest.fixture
 def folder(tmp_path):
-    write(tmp_path / "texts", {f"{n % 3}/{n}.txt": b"%d\r\n\xc3\xa9 and more" % n for n in range(40)})
+    write(
+        tmp_path / "texts", {f"{n % 3}/{n}.txt": b"%d\r\n\xc3\xa9 and more" % n for n in range(40)}
+    )
     return tmp_path / "texts"
 
 
