@@ -5,7 +5,6 @@ is continued; SIGTERM or Ctrl-C saves one and exits. `--distributed` on each hos
 """
 
 import pathlib
-import re
 
 import jax
 from absl import app, flags, logging
@@ -19,15 +18,6 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of the proce
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT, if JAX knows no such cluster.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this one is.", lower_bound=0)
-
-
-def _parse_flags(arguments: list[str]) -> list[str]:
-    try:
-        for name in re.findall(r"^--?config\.([^=\n]*)", "\n".join(arguments[1:]), re.MULTILINE):
-            config.check_name(name)
-        return flags.FLAGS(arguments)
-    except (flags.Error, OSError, ValueError) as error:
-        console.fail(error)
 
 
 def main(argv: list[str]) -> None:
@@ -57,4 +47,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
     jax.config.config_with_absl()
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=console.parse_config_flags)

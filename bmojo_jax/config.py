@@ -407,8 +407,13 @@ def check_name(name: str) -> None:
 
     An element of a tuple is named by its place: "data.mixed_in[0].weight".
     """
-    if name.partition("[")[0] not in setting_names():
-        raise ValueError(settings.unknown(name, TrainConfig))
+    setting, _, rest = name.partition("[")
+    if setting not in setting_names():
+        raise ValueError(settings.unknown(setting, TrainConfig))
+    place, _, field = rest.partition("].")
+    if field and field not in settings.names(SourceConfig):
+        nearest = settings.nearest(field, SourceConfig)
+        raise ValueError(f"{name} is not a setting; did you mean {setting}[{place}].{nearest}?")
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> TrainConfig:

@@ -2,10 +2,13 @@
 
 import logging as python_logging
 import pathlib
+import re
 import sys
 from typing import NoReturn
 
-from absl import logging
+from absl import flags, logging
+
+from bmojo_jax import config
 
 _OURS = ("train.py", "eval.py", "bmojo_jax", "pallas_kernels")
 
@@ -25,6 +28,21 @@ def _is_relevant(record: python_logging.LogRecord) -> bool:
         # With tracebacks orbax tells, several times, what checkpoint.py says in a line.
         return not (record.exc_info and "orbax" in path.parts)
     return path.name in _OURS or any(folder in _OURS for folder in path.parts)
+
+
+def parse_config_flags(arguments: list[str]) -> list[str]:
+    """For absl's `app.run`: parses --config and its overrides; ends the program if one is wrong."""
+    overrides = [re.match(r"--?config\.([^=]*)", argument) for argument in arguments[1:]]
+    given = [override[1] for override in overrides if override]
+    try:
+        for name in given:
+            config.check_name(name)
+        return flags.FLAGS(arguments)
+    except IndexError:
+        places = [name for name in given if "[" in name]
+        fail(ValueError(f"{', '.join(places)}: must be places that the config file has filled"))
+    except (flags.Error, OSError, ValueError) as error:
+        fail(error)
 
 
 def fail(error: Exception) -> NoReturn:

@@ -89,8 +89,8 @@ def names(kind: Any, section: str = "") -> list[str]:
     return result
 
 
-def unknown(name: str, kind: Any) -> str:
-    """What to say of a name that is no setting of `kind`: the nearest that is."""
+def nearest(name: str, kind: Any) -> str:
+    """The setting of `kind` that is most like a name."""
 
     def similarity(known: str) -> float:
         # Twice the last part, so that a setting is also found under the wrong section.
@@ -98,7 +98,12 @@ def unknown(name: str, kind: Any) -> str:
         last = difflib.SequenceMatcher(None, name.split(".")[-1], known.split(".")[-1])
         return whole.ratio() + last.ratio()
 
-    return f"{name} is not a setting; did you mean {max(names(kind), key=similarity)}?"
+    return max(names(kind), key=similarity)
+
+
+def unknown(name: str, kind: Any) -> str:
+    """What to say of a name that is no setting of `kind`."""
+    return f"{name} is not a setting; did you mean {nearest(name, kind)}?"
 
 
 def from_dict[T](

@@ -172,13 +172,15 @@ def make_program(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progr
     state_shapes = jax.eval_shape(lambda: init_state(config, optimizer))
     shardings = sharding.state_shardings(mesh, state_shapes.params, state_shapes)
     replicated = NamedSharding(mesh, PartitionSpec())
-    token_bytes_V = jnp.asarray(tokenizer.token_bytes_V())
+    token_bytes_V = tokenizer.token_bytes_V()
     return Program(
         mesh=mesh,
         state_shardings=shardings,
         init=jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings),
         step=jax.jit(
-            lambda state, batch: train_step(config, optimizer, state, batch, token_bytes_V),
+            lambda state, batch: train_step(
+                config, optimizer, state, batch, jnp.asarray(token_bytes_V)
+            ),
             in_shardings=(shardings, sharding.batch_sharding(mesh)),
             out_shardings=(shardings, replicated),
             donate_argnums=0,

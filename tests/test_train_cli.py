@@ -438,6 +438,8 @@ def test_a_wrong_type_is_named(name):
         ("optim.lerning_rate", "optim.learning_rate"),
         ("modle.chunk", "model.chunk"),
         ("eval_batch", "eval_batches"),
+        ("data.mixed_in[0].wieght", "data.mixed_in[0].weight"),
+        ("data.mixd_in", "data.mixed_in"),
     ],
 )
 def test_an_unknown_setting_suggests_the_nearest(name, nearest):

@@ -17,7 +17,6 @@ import fcntl
 import json
 import multiprocessing
 import os
-import re
 import signal
 from collections.abc import Callable, Generator, Sequence
 from concurrent import futures
@@ -391,20 +390,10 @@ def main(argv: list[str]) -> None:
     _report(description, values.output)
 
 
-def _parse_flags(arguments: list[str]) -> list[str]:
-    try:
-        for argument in arguments[1:]:
-            if override := re.match(r"--?config\.([^=]*)", argument):
-                config.check_name(override[1])
-        return flags.FLAGS(arguments)
-    except (flags.Error, OSError, ValueError) as error:
-        console.fail(error)
-
-
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The settings of the run.")
     flags.DEFINE_string("output", None, "The folder to write.")
     flags.DEFINE_integer("shards", 16, "Files of the training split.", lower_bound=1)
     flags.DEFINE_integer("processes", 0, "How many; 0: as many as processors.", lower_bound=0)
     flags.mark_flags_as_required(["config", "output"])
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=console.parse_config_flags)
