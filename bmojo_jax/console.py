@@ -25,8 +25,10 @@ def show_messages(level: int) -> None:
 def _is_relevant(record: python_logging.LogRecord) -> bool:
     path = pathlib.Path(record.pathname)
     if record.levelno >= python_logging.WARNING:
-        # With tracebacks orbax tells, several times, what checkpoint.py says in a line.
-        return not (record.exc_info and "orbax" in path.parts)
+        # With tracebacks orbax, and asyncio for the writes that it gave up, tell many times what
+        # checkpoint.py says in a line.
+        repeated = "orbax" in path.parts or record.name == "asyncio"
+        return not (record.exc_info and repeated)
     return path.name in _OURS or any(folder in _OURS for folder in path.parts)
 
 

@@ -201,9 +201,9 @@ def test_a_run_that_ends_on_a_full_disk_says_so(shell, finished):
     run.wait_for(lambda: "could not be saved" in run.said())
     run.process.send_signal(signal.SIGTERM)
     said = run.end(1)
-    told = rf"train\.py: step (\d+) could not be saved in {workdir}/checkpoints: .* The last good "
+    told = rf"^train\.py: step (\d+) could not be saved in {workdir}/checkpoints: .* The last good "
     told += r"checkpoint, step (\d+), is kept in .*The same command continues"
-    found = re.match(told, said.strip().splitlines()[-1])
+    found = re.search(told, said, re.MULTILINE)
     assert found, said
     stopped, good = map(int, found.groups())
     assert good == _saved(workdir) < stopped
