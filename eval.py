@@ -29,7 +29,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of a run.", 
 _SUITE = flags.DEFINE_enum("suite", "validation", list(evaluate.SUITES), "What to measure.")
 _STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; default: the latest.")
 _DATA_PATH = flags.DEFINE_string(
-    "data_path", None, "Other documents to evaluate on; default: those of the run."
+    "data_path", None, "Other documents, of which the run would hold out some; see --include."
 )
 _INCLUDE = flags.DEFINE_string(
     "include", None, "Glob below data_path of the documents to evaluate, all that match."
@@ -93,7 +93,7 @@ def _documents(data: DataConfig) -> DataConfig:
         data = dataclasses.replace(data, path=_DATA_PATH.value)
     if _INCLUDE.value is not None:
         data = dataclasses.replace(
-            data, source="text", include="", validation_include=_INCLUDE.value
+            data, source="text", include="", exclude=(), validation_include=_INCLUDE.value
         )
     return data
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from bmojo_jax import console
 from bmojo_jax.evaluate import perplexity
-from bmojo_jax.evaluate.bootstrap import interval
+from bmojo_jax.evaluate.intervals import interval
 
 # What must agree for targets and contexts to be the same.
 _SAME = ("tokenizer", "contexts", "suffix")

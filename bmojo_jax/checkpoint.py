@@ -170,15 +170,20 @@ class Checkpoints:
         given = step
         while True:
             step = self.check_step(given)
-            problem = self._inventory.find_damage(step)
-            if problem is None:
-                try:
+            try:
+                problem = self._inventory.find_damage(step)
+                if problem is None:
                     result = read(step)
-                except _UnreadableError as error:
-                    problem = str(error)
-                else:
                     self._inventory.move_damaged()
                     return result
+            except _UnreadableError as error:
+                problem = str(error)
+            except FileNotFoundError:
+                if given is None and self._inventory.look_again(step):
+                    continue
+                raise
+            if given is None and self._inventory.look_again(step):
+                continue
             if given is not None:
                 raise self._inventory.damaged(step, problem)
             self._inventory.report(step, problem)

@@ -35,6 +35,9 @@ class Inventory:
     def __init__(self, directory: pathlib.Path, mode: Literal["write", "read"]) -> None:
         self.directory = directory
         self._mode = mode
+        self._take_stock()
+
+    def _take_stock(self) -> None:
         found = processes.first_says(self._look)
         self.losses: dict[int, float | None] = {int(step): x for step, x in found["whole"]}
         self._damaged: dict[int, str] = {}
@@ -83,6 +86,13 @@ class Inventory:
     def find_damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint whose every byte is looked at; None if nothing is."""
         return processes.first_says(lambda: manifest.find_damage(self.folder(step), "full"))
+
+    def look_again(self, step: int) -> bool:
+        """Looks anew if a run that is saving here has just removed a checkpoint that was read."""
+        if self._mode == "write" or self.folder(step).is_dir():
+            return False
+        self._take_stock()
+        return True
 
     def damaged(self, step: int, problem: str) -> DamagedError:
         return DamagedError(f"{self.directory}: the checkpoint of {step=} is damaged: {problem}")
@@ -145,11 +155,17 @@ class Inventory:
             if not name.isdecimal():
                 continue
             step, folder = int(name), self.directory / name
-            problem = manifest.find_damage(folder, "quick")
+            problem, loss = None, None
+            try:
+                problem = manifest.find_damage(folder, "quick")
+                loss = _validation_loss(folder) if problem is None else None
+            except FileNotFoundError:
+                if folder.is_dir():
+                    raise
             if not folder.is_dir():  # a run that is saving here has just removed it
                 continue
             if problem is None:
-                whole.append((step, _validation_loss(folder)))
+                whole.append((step, loss))
             else:
                 damaged.append((step, problem))
         return {"whole": whole, "damaged": damaged, "moved": moved}

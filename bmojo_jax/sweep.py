@@ -46,7 +46,7 @@ class SweepState(NamedTuple):
     """All that a step reads and writes; P in front of everything but the step."""
 
     step: Int[Array, ""]
-    skipped: Int[Array, " P"]  # updates that were not finite and changed nothing
+    skipped: Int[Array, " P"]  # updates that changed nothing: not finite, or after one ("stop")
     params: model.Params
     opt_state: optax.OptState
 
@@ -378,7 +378,8 @@ def _finish(config: TrainConfig, workdir: pathlib.Path, state: SweepState) -> No
     for (rate, seed), skipped in zip(recall.replicas(config), result["skipped"], strict=True):
         if skipped:
             logging.warning(
-                "rate %g, seed %d: %d updates left out, not finite", rate, seed, skipped
+                "rate %g, seed %d: %d updates changed nothing: not finite, or after such a one",
+                *(rate, seed, skipped),
             )
     part = workdir / "sweep.json.part"
     part.write_text(json.dumps(result, indent=2) + "\n")

@@ -212,7 +212,8 @@ def stop_signals() -> Generator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
         # Not by logging, which may be what the signal has interrupted.
-        os.write(2, b"\nstops after this step, with a checkpoint (Ctrl-C again: at once)\n")
+        with contextlib.suppress(OSError):  # Ctrl-C also ends what the output is piped to
+            os.write(2, b"\nstops after this step, with a checkpoint (Ctrl-C again: at once)\n")
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -294,6 +295,18 @@ def _restore(parts: _Parts, config: TrainConfig) -> TrainState:
     return state
 
 
+def _make(workdir: pathlib.Path) -> None:
+    """Makes the work directory, for all processes; ValueError if another run has meanwhile."""
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True)
+        except FileExistsError:
+            problem = "must not be made by another run at the same time"
+    if problem := processes.first_says(lambda: problem):
+        raise ValueError(f"workdir={str(workdir)!r}: {problem}")
+
+
 def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
     """Trains to `config.steps`, from the latest checkpoint in `workdir` that is whole, if any.
 
@@ -311,7 +324,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
                 stack.enter_context(lock.hold(workdir))
             parts = _set_up(config, workdir, set_up)
             if not existed:
-                workdir.mkdir(parents=True, exist_ok=True)
+                _make(workdir)
                 stack.enter_context(lock.hold(workdir))
         # Until saving, too, is over signals do not have their usual effect.
         signals = stack.enter_context(stop_signals())

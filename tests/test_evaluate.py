@@ -11,7 +11,7 @@ from bmojo_jax import checkpoint, evaluate, model, sharding, trainer
 from bmojo_jax.checkpoint import Trained
 from bmojo_jax.config import MeshConfig
 from bmojo_jax.data import pipeline, sources
-from bmojo_jax.evaluate import bootstrap, memory, validation
+from bmojo_jax.evaluate import intervals, memory, validation
 from tests.runs import records, tiny_run, write_documents
 
 
@@ -84,7 +84,7 @@ def test_validation_suite(run, tmp_path):
         positions, nll, owners = _nll_by_hand(trained, documents, context)
         assert row["loss"] == pytest.approx(nll.mean(), rel=1e-5)
         assert row["documents"] == len(documents)
-        spread = bootstrap.interval(np.bincount(owners, nll), np.bincount(owners))
+        spread = intervals.interval(np.bincount(owners, nll), np.bincount(owners))
         assert row["interval"] == pytest.approx(list(spread), rel=1e-5)
     assert result["by_position"]["context"] == 16
     octaves = result["by_position"]["octaves"]
@@ -191,7 +191,7 @@ def test_memory_statistics_are_means_over_batches(run):
     row = memory.run(trained, batches=0)["by_layer"][2]
     for name in sums:
         assert row[name] == pytest.approx(sums[name] / weights[name], rel=1e-4)
-        spread = bootstrap.interval(*np.array(parts[name]).T)
+        spread = intervals.interval(*np.array(parts[name]).T)
         assert row["intervals"][name] == pytest.approx(list(spread), rel=1e-4)
 
 

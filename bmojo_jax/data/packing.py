@@ -20,7 +20,7 @@ through JSON (a tuple that comes back as a list), which is how grain's own check
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -61,6 +61,8 @@ class CutRows(grain.IterDataset[np.ndarray]):
       row_length: how many inputs a row holds at most.
       start_multiple: every piece starts at a multiple of this; padding in between counts.
       boundary_id: of the tokenizer.
+      documents: "cut" where a row ends; "whole": a row ends before one that would have to be cut,
+        unless it is longer than a row.
       name: of the documents, for messages.
       epoch: how many documents there are, to give up if many more in succession are bad.
     """
@@ -72,6 +74,7 @@ class CutRows(grain.IterDataset[np.ndarray]):
         row_length: int,
         start_multiple: int,
         boundary_id: int,
+        documents: Literal["cut", "whole"],
         name: str,
         epoch: int,
     ) -> None:
@@ -79,6 +82,7 @@ class CutRows(grain.IterDataset[np.ndarray]):
         self._row_length = row_length
         self._start_multiple = start_multiple
         self._boundary_id = boundary_id
+        self._documents: Literal["cut", "whole"] = documents
         self._name = name
         self._epoch = epoch
 
@@ -88,6 +92,7 @@ class CutRows(grain.IterDataset[np.ndarray]):
             self._row_length,
             self._start_multiple,
             self._boundary_id,
+            self._documents,
             self._name,
             self._epoch,
         )
@@ -102,6 +107,7 @@ class _CutRowsIterator(grain.DatasetIterator[np.ndarray]):
         row_length: int,
         start_multiple: int,
         boundary_id: int,
+        documents: Literal["cut", "whole"],
         name: str,
         epoch: int,
     ) -> None:
@@ -109,6 +115,7 @@ class _CutRowsIterator(grain.DatasetIterator[np.ndarray]):
         self._row_length = row_length
         self._start_multiple = start_multiple
         self._boundary_id = boundary_id
+        self._documents: Literal["cut", "whole"] = documents
         self._name = name
         self._epoch = epoch
         self._left_out: dict[str, int] = {}
@@ -158,6 +165,8 @@ class _CutRowsIterator(grain.DatasetIterator[np.ndarray]):
                     if not parts:
                         raise
                     break
+            if self._documents == "whole" and 0 < column > self._row_length - len(self._open_L) + 1:
+                break
             size, column = self._fitting(column)
             # The boundary at which an array ends is the one at which the next begins.
             first = self._done + bool(parts)

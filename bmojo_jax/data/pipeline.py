@@ -26,7 +26,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from bmojo_jax.config import DataConfig
+from bmojo_jax.config import DataConfig, SourceConfig
 from bmojo_jax.data import packing, sources
 from bmojo_jax.data.documents import BadDocument, Source
 from bmojo_jax.data.mixing import MixRows, ShuffleRows
@@ -63,7 +63,8 @@ def train_iterator(
     """
     row_count = _rows_per_process(data, process_index, process_count)
     streams = []
-    for name, documents in _named(source, data):
+    settings = [data, *data.mixed_in]
+    for setting, (name, documents) in zip(settings, _named(source, data), strict=True):
         if len(documents) < process_count:
             raise ValueError(
                 f"{name}: must hold at least {process_count=} training documents or records, "
@@ -71,9 +72,12 @@ def train_iterator(
             )
         shuffled = grain.MapDataset.source(_Tokenized(documents, tokenizer))
         shuffled = shuffled.seed(data.seed).shuffle()[process_index::process_count].repeat()
-        streams.append(_cut(shuffled, len(documents), name, data, chunk, tokenizer))
-    weights = [data.weight, *(mixed_in.weight for mixed_in in data.mixed_in)]
-    rows = MixRows(streams, weights) if len(streams) > 1 else streams[0]
+        streams.append(_cut(shuffled, len(documents), name, setting, data, chunk, tokenizer))
+    rows = (
+        MixRows(streams, [setting.weight for setting in settings])
+        if len(streams) > 1
+        else streams[0]
+    )
     rows = ShuffleRows(rows, window=data.shuffle_window, seed=data.seed)
     batches = rows.batch(row_count, batch_fn=_lay_out(row_count, data, chunk, tokenizer))
     if data.workers:
@@ -114,7 +118,7 @@ def validation_batches(
     row_count = _rows_per_process(data, process_index, process_count)
     documents = grain.MapDataset.source(_Tokenized(source, tokenizer))
     name = f"validation documents of data.path={data.path!r}"
-    rows = _cut(documents, len(source), name, data, chunk, tokenizer)
+    rows = _cut(documents, len(source), name, data, data, chunk, tokenizer)
     own = slice(process_index * row_count, (process_index + 1) * row_count)
     lay_out = _lay_out(row_count, data, chunk, tokenizer)
     batches = rows.batch(data.batch_size, batch_fn=lambda rows: lay_out(rows[own]))
@@ -184,6 +188,7 @@ def _cut(
     documents: grain.MapDataset,
     epoch: int,
     name: str,
+    setting: SourceConfig,
     data: DataConfig,
     chunk: int,
     tokenizer: Tokenizer,
@@ -193,6 +198,8 @@ def _cut(
         row_length=data.sequence_length,
         start_multiple=_start_multiple(data, chunk),
         boundary_id=tokenizer.boundary_id,
+        # An answer means nothing without what it was asked about.
+        documents="whole" if setting.source == "needles" else "cut",
         name=name,
         epoch=epoch,
     )

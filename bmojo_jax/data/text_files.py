@@ -30,6 +30,7 @@ _REASONS = (
     "in a folder of data.exclude",
     "empty",
     "unreadable",
+    "a link to a folder",
     "damaged",
     "packed within an archive",
     "binary",
@@ -95,7 +96,7 @@ class _Search:
         self._include = _parts(f"{field}include", source.include or _EVERYTHING)
         self._held_out = _parts(f"{field}validation_include", held_out) if held_out else None
         self._excluded = set(source.exclude)
-        self._seen: set[str] = set()
+        self._seen: set[tuple[int, int]] = set()
         self._found = 0
         self._left_out: dict[str, list[str]] = {reason: [] for reason in _REASONS}
         self._places: list[Place] = []
@@ -143,9 +144,11 @@ class _Search:
         except OSError:  # among others a link to nothing
             self._leave_out(name, "unreadable")
             return False
-        # Two names of one file could put it into both splits.
-        target = os.path.realpath(path)
-        if not stat.S_ISREG(status.st_mode) or not os.access(path, os.R_OK):
+        # Two names of one file, also by a hard link, could put it into both splits.
+        target = (status.st_dev, status.st_ino)
+        if stat.S_ISDIR(status.st_mode):
+            self._leave_out(name, "a link to a folder")
+        elif not stat.S_ISREG(status.st_mode) or not os.access(path, os.R_OK):
             self._leave_out(name, "unreadable")
         elif status.st_size == 0:
             self._leave_out(name, "empty")
@@ -265,7 +268,7 @@ def _glob(root: Path, parts: tuple[str, ...]) -> set[str]:
 
     def matches(parts: tuple[str, ...]) -> Iterator[str]:
         for path in root.glob("/".join(parts)):
-            if not path.is_dir():
+            if path.is_symlink() or not path.is_dir():
                 yield path.relative_to(root).as_posix()
 
     heads = {parts[:n] for n in range(1, len(parts))}

@@ -17,6 +17,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable, Generator, Sequence
 from concurrent import futures
@@ -143,12 +144,17 @@ def _alone(output: Path) -> Generator[None]:
         os.close(folder)
 
 
+def _is_part(path: Path) -> bool:
+    """Whether it is an unfinished file of this command."""
+    return bool(re.fullmatch(r"[\w-]+(\.array_record)?(\.json)?\.part-\d+", path.name))
+
+
 def _begin(output: Path, begun: dict[str, Any]) -> None:
     """Notes what the folder is of, or compares it with what was noted."""
     note = output / tokens.UNFINISHED
     wanted = json.loads(json.dumps(begun))
     if not note.exists():
-        others = sorted(path.name for path in output.iterdir() if ".part" not in path.name)
+        others = sorted(path.name for path in output.iterdir() if not _is_part(path))
         if others:
             raise ValueError(
                 f"output={str(output)!r}: must be a new or empty folder; it holds {others[0]!r}"
@@ -313,9 +319,10 @@ def _finish(
             for name in ("documents", "records", "tokens", "text_bytes")
         }
         if not totals["documents"]:
+            path = begun["settings"]["data.path"]
             raise ValueError(
-                f"{begun['settings']['data.path']!r}: must hold {split} documents that can be "
-                f"used; left out: {left_out}"
+                f"data.path={path!r}: must hold {split} documents that can be used; left out: "
+                f"{left_out}"
             )
         splits[split] = {
             **totals,
@@ -336,7 +343,7 @@ def _finish(
     description = json.loads(json.dumps(description))
     _write_json(output / tokens.DESCRIPTION, description)
     for path in output.iterdir():
-        if path.name == tokens.UNFINISHED or ".part" in path.name:
+        if path.name == tokens.UNFINISHED or _is_part(path):
             path.unlink()
         elif path.name.endswith(".array_record.json"):
             path.unlink()

@@ -80,6 +80,12 @@ def open_tokens(source: SourceConfig, data: DataConfig, split: Split) -> TokenFi
     name, setting = source.split, f"{field}split"
     if split == "validation":
         name, setting = data.validation_split, "data.validation_split"
+    elif data.source == "tokens" and name == data.validation_split:
+        if Path(source.path).resolve() == Path(data.path).resolve():
+            raise ValueError(
+                f"{setting}={name!r}: must be another split than data.validation_split={name!r} of "
+                "the same folder, which is held out"
+            )
     splits = description["splits"]
     if name not in splits:
         raise ValueError(f"{setting}={name!r}: must be one of {tuple(splits)}, in {source.path!r}")

@@ -71,6 +71,11 @@ class _WordTokenizer:
         self._border_width = 1 if whole == [*apart[0], *apart[1]] else 0
 
     def encode(self, document: bytes | str) -> Int[np.ndarray, " L"]:
+        ids_L = self._encode_any(document)
+        # A normaliser can make the boundary's name of other characters. It would end the document.
+        return ids_L[ids_L != self.boundary_id]
+
+    def _encode_any(self, document: bytes | str) -> Int[np.ndarray, " L"]:
         if isinstance(document, str):
             return self._encode_text(document)
         try:
@@ -335,7 +340,7 @@ def _boundary_token(wanted: str, vocabulary: dict[str, int], special: dict[str, 
 
 
 def _check_boundary(tokenizer: _WordTokenizer, token: str) -> None:
-    if tokenizer.boundary_id in tokenizer.encode(f"{token} {token}"):
+    if tokenizer.boundary_id in tokenizer._encode_text(f"{token} {token}"):
         raise BoundaryError(
             f"data.boundary_token={token!r}: must be a token that stands for no text; this "
             "tokenizer gives it for text"

@@ -11,16 +11,13 @@ are 95 %: Wilson's for shares of prompts, which says something even if all are r
 bootstrap over prompts for nats.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bmojo_jax.checkpoint import Trained
 from bmojo_jax.data.tasks.prompts import Prompt
 from bmojo_jax.evaluate import scoring
-from bmojo_jax.evaluate.bootstrap import interval
-
-_Z = 1.96  # 95 % of a normal distribution lie within so many deviations
+from bmojo_jax.evaluate.intervals import interval, share_interval
 
 
 class Answer(NamedTuple):
@@ -52,17 +49,6 @@ def found_share(references: Sequence[str], text: str) -> float:
     """Share of the references that are in `text`, whatever their case."""
     text = text.lower()
     return sum(reference.lower() in text for reference in references) / len(references)
-
-
-def share_interval(mean: float, items: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of independent items.
-
-    For scores between 0 and 1 that are not all one or the other it is wider than need be.
-    """
-    spread = _Z**2 / items
-    centre = (mean + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (mean * (1 - mean) + spread / 4)) / (1 + spread)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def summary(found: Sequence[Answer]) -> dict[str, Any]:

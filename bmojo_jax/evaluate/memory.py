@@ -19,7 +19,7 @@ from bmojo_jax import model, sharding
 from bmojo_jax.checkpoint import Trained
 from bmojo_jax.config import MeshConfig
 from bmojo_jax.data import pipeline, sources
-from bmojo_jax.evaluate.bootstrap import interval
+from bmojo_jax.evaluate.intervals import interval
 from bmojo_jax.evaluate.validation import rows_together, title
 
 # Columns: key, heading, and what it is a mean over.

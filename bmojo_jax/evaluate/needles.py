@@ -11,7 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bmojo_jax.checkpoint import Trained
-from bmojo_jax.data import sources
+from bmojo_jax.config import DataConfig
+from bmojo_jax.data import sources, text
+from bmojo_jax.data.documents import Source
 from bmojo_jax.data.tasks.needles import VARIANTS, Needles, parse_variants
 from bmojo_jax.evaluate import answers
 from bmojo_jax.evaluate.validation import title
@@ -41,7 +43,9 @@ def run(
     names = parse_variants(variants, field="--variants")
     essays = None
     if any(VARIANTS[name].haystack == "essay" for name in names):
-        essays = sources.open_source(data, "validation")
+        # A run on needles alone has no documents but the essays that they were hidden in.
+        on_needles = data.source == "needles"
+        essays = None if on_needles and not data.path else _essays(data)
     generator = Needles(trained.tokenizer, seed=_SEED, essays=essays)
     rows, too_short = [], []
     by_depth: dict[tuple[int, int], list[answers.Answer]] = {}
@@ -78,6 +82,12 @@ def run(
         ],
         "too_short": too_short,
     }
+
+
+def _essays(data: DataConfig) -> Source:
+    if data.source == "needles":
+        return text.open_text(data, data, "validation")
+    return sources.open_source(data, "validation")
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -16,9 +16,9 @@ With S = 8, x for tokens that are read, digits for the window a target belongs t
                                                                      x x x x x
                                                                              2 2 2 2
 
-Anchors depend on the document's length in tokens, the longest context and a seed alone. Documents
-that are too short for the longest context are left out for every context. Windows never cross
-documents.
+Anchors depend on the document's length in tokens, the contexts, how many anchors and targets there
+are to be, and a seed: they are those of every model with the same tokenizer. Documents that are too
+short for one of the contexts are left out for all. Windows never cross documents.
 
 *By position*: the loss in one long pass over each of these documents from its boundary on.
 
@@ -42,7 +42,7 @@ from bmojo_jax.config import MeshConfig
 from bmojo_jax.data import packing, sources
 from bmojo_jax.data.documents import BadDocument, Source
 from bmojo_jax.data.tokenizers import Tokenizer
-from bmojo_jax.evaluate.bootstrap import interval
+from bmojo_jax.evaluate.intervals import interval
 from bmojo_jax.evaluate.validation import title
 from bmojo_jax.evaluate.windows import Form, Window, window_nll
 from bmojo_jax.metrics import bits_per_byte
@@ -144,7 +144,7 @@ def run(
       contexts: tokens of the windows; None: `default_contexts`.
       anchors: at most so many in a document.
       suffix: targets before an anchor.
-      form, rows: see `window_nll`; the results do not depend on them.
+      form, rows: see `window_nll`; the results do not depend on them, but for rounding.
 
     Returns:
       What is written to JSON: the settings, a row for each context, the positions, and the sums

@@ -1,7 +1,8 @@
 """Looking a number up in a phonebook (`data/tasks/phonebook.py`), by the length of the book.
 
 Prompts have the given lengths in tokens, a boundary and the answer included, and as many lines as
-fit. For the measures see `answers.py`; exact means all ten digits.
+fit; lengths in which no book fits are left out, and said to be. For the measures see `answers.py`;
+exact means all ten digits.
 """
 
 from typing import Any
@@ -31,12 +32,18 @@ def run(
         lengths = answers.default_lengths(data.sequence_length)
     answers.check(lengths, items)
     generator = Phonebook(trained.tokenizer, seed=_SEED)
-    rows = []
+    rows, too_short = [], []
     for length in sorted(set(lengths)):
-        prompts = [generator.prompt(i, length=length) for i in range(items)]
+        try:
+            prompts = [generator.prompt(i, length=length) for i in range(items)]
+        except ValueError as error:
+            too_short.append({"length": length, "reason": str(error)})
+            continue
         found = answers.answers(trained, prompts, description=f"{length:,} tokens")
         lines = sum(map(number_of_lines, prompts)) / items
         rows.append({"length": length, "lines": lines, **answers.summary(found)})
+    if not rows:
+        raise ValueError(f"{lengths=}: must be longer; {too_short[-1]['reason']}")
     return {
         "suite": "phonebook",
         "title": f"{title(trained)}; phonebook",
@@ -44,6 +51,7 @@ def run(
         "data": data.path,
         "training_length": data.sequence_length,
         "by_length": rows,
+        "too_short": too_short,
     }
 
 
@@ -51,6 +59,9 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = [f"{'lines':>8} {'length':>8} {answers.HEADINGS}"]
     for row in result["by_length"]:
         lines.append(f"{row['lines']:>8,.1f} {row['length']:>8,} {answers.table_cells(row)}")
+    if result["too_short"]:
+        lengths = ", ".join(f"{row['length']:,}" for row in result["too_short"])
+        lines += ["", f"left out, since a book does not fit: {lengths}"]
     return lines
 
 
@@ -62,4 +73,4 @@ def draw(result: dict[str, Any], figure: Figure) -> None:
     finish_axes(left, result["training_length"], "all ten digits")
     left.legend()
     right.plot([row["length"] for row in rows], [row["accuracy"] for row in rows], "o-")
-    finish_axes(right, result["training_length"], "digits, teacher-forced")
+    finish_axes(right, result["training_length"], "tokens of the answer, teacher-forced")

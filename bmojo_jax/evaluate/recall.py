@@ -27,7 +27,7 @@ from bmojo_jax.checkpoint import Checkpoints
 from bmojo_jax.config import TaskConfig, TrainConfig
 from bmojo_jax.data import tasks
 from bmojo_jax.data.tasks.example import Example
-from bmojo_jax.evaluate import bootstrap
+from bmojo_jax.evaluate import intervals
 from bmojo_jax.settings import from_dict
 
 # Reach of a window of 32 tokens in one layer, in two, and in four.
@@ -194,12 +194,12 @@ def score(
     rows: Example,
     answers: Answers,
     *,
-    intervals: Literal["none", "bootstrap"] = "none",
+    spread: Literal["none", "rows"] = "none",
 ) -> list[dict[str, Any]]:
     """For every replica its rate, seed and scores; None where nothing of the kind was asked.
 
     Args:
-      intervals: "bootstrap" adds the 95 % interval of the accuracy, rows drawn again.
+      spread: "rows" adds the 95 % interval of the accuracy, rows drawn again.
     """
     task = config.task
     scored_BA = np.asarray(rows.scored)
@@ -217,8 +217,11 @@ def score(
             "accuracy": float(values_PB[i].sum() / weights_B.sum()),
             "macro": float(np.mean(by_label)),
         }
-        if intervals == "bootstrap":
-            row["interval"] = list(bootstrap.interval(values_PB[i], weights_B))
+        if spread == "rows":
+            low, high = intervals.interval(values_PB[i], weights_B)
+            if low == high:  # all rows right, or all wrong: draws of them say nothing
+                low, high = intervals.share_interval(row["accuracy"], len(weights_B))
+            row["interval"] = [low, high]
         if task.name == "mqar":
             distance = np.asarray(rows.distance)[scored_BA]
             row["by_distance"] = [
@@ -260,7 +263,7 @@ def condition(
     Args:
       measure: the score by which the best rate is chosen.
     """
-    scores = score(config, rows, answers, intervals="bootstrap")
+    scores = score(config, rows, answers, spread="rows")
     scored_BA = np.asarray(rows.scored)
     entry: dict[str, Any] = {
         "name": name,

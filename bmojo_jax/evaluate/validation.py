@@ -28,7 +28,7 @@ from bmojo_jax.checkpoint import Trained
 from bmojo_jax.config import MeshConfig, TrainConfig
 from bmojo_jax.data import pipeline, sources
 from bmojo_jax.data.tokenizers import Tokenizer
-from bmojo_jax.evaluate.bootstrap import interval
+from bmojo_jax.evaluate.intervals import interval
 from bmojo_jax.metrics import bits_per_byte
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bmojo_jax.config import DataConfig, SourceConfig
+from bmojo_jax.data import pipeline, sources
 from bmojo_jax.data.documents import BadDocument
 from bmojo_jax.data.tasks import needles, words
 from bmojo_jax.data.tasks.needles import NOISE, VARIANTS, Needles
@@ -278,3 +279,29 @@ def test_source_refuses_what_cannot_be():
     with pytest.raises(ValueError, match=r"data.sequence_length=400: needles multikey_1: .*least"):
         open_source(name="multikey_1", sequence_length=400)
     assert needles.parse_variants("", field="name") == tuple(VARIANTS)
+
+
+def test_a_row_of_training_holds_question_and_answer(tmp_path):
+    write_essays(tmp_path / "essays")
+    data = DataConfig(
+        path=str(tmp_path / "essays"),
+        validation_fraction=0.4,
+        mixed_in=(SourceConfig(source="needles", name="single_1", weight=0.5),),
+        sequence_length=512,
+        batch_size=6,
+        shuffle_window=4,
+    )
+    tokenizer = ByteTokenizer()
+    source = sources.open_source(data, "train")
+    batches = pipeline.train_iterator(source, data, 1, tokenizer, process_index=0, process_count=1)
+    found = 0
+    for _ in range(5):
+        batch = next(batches)
+        for targets_L, weights_L in zip(batch["targets"], batch["weights"], strict=True):
+            text = tokenizer.decode(targets_L[weights_L > 0])
+            if "magic number" in text:
+                hidden, answer = re.findall(r"\d{7}", text)
+                assert hidden == answer and text.startswith("A special magic number is hidden")
+                found += 1
+    batches.close()
+    assert found == 10

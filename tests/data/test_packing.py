@@ -29,13 +29,14 @@ def together(ids):
     return np.concatenate([framed(d)[:-1] for d in ids] + [[BOUNDARY]]).astype(np.int32)
 
 
-def cut(elements, row_length, start_multiple=1, repeat=False):
+def cut(elements, row_length, start_multiple=1, repeat=False, documents="cut"):
     parent = grain.MapDataset.source(elements)
     return packing.CutRows(
         (parent.repeat() if repeat else parent).to_iter_dataset(),
         row_length=row_length,
         start_multiple=start_multiple,
         boundary_id=BOUNDARY,
+        documents=documents,
         name="these",
         epoch=len(elements),
     )
@@ -209,3 +210,27 @@ def test_counts_are_found_wherever_they_are_nested():
     state = {"states": [window, {"state": inner}, None], "exhausted": [0, 0]}
     assert packing.left_out(state) == {"empty": 7, "not UTF-8": 1}
     assert packing.left_out({}) == {}
+
+
+@pytest.mark.parametrize("start_multiple", [1, 4])
+def test_whole_documents_are_cut_only_if_longer_than_a_row(rng, start_multiple):
+    lengths = (3, 5, 6, 1, 40, 11, 2, 7, 15, 15, 14)
+    texts = documents(rng, lengths)
+    dataset = cut([framed(d) for d in texts], 16, start_multiple, documents="whole")
+    iterator, rows, states = iter(dataset), [], []
+    while True:
+        states.append(json.loads(json.dumps(iterator.get_state())))
+        try:
+            rows.append(next(iterator))
+        except StopIteration:
+            break
+    together = np.concatenate([rows[0], *(row[1:] for row in rows[1:])])
+    np.testing.assert_array_equal(
+        together, np.concatenate([framed(d)[:-1] for d in texts] + [[256]])
+    )
+    whole = [row for row in rows if row[0] == BOUNDARY and row[-1] == BOUNDARY]
+    assert len(rows) - len(whole) == 3  # the pieces of the long one
+    for n, state in enumerate(states[:-1]):
+        again = iter(cut([framed(d) for d in texts], 16, start_multiple, documents="whole"))
+        again.set_state(state)
+        np.testing.assert_array_equal(next(again), rows[n])

@@ -13,7 +13,7 @@ from bmojo_jax.data import sources
 from bmojo_jax.data.documents import BadDocument
 from bmojo_jax.data.tokenizers import ByteTokenizer
 from bmojo_jax.evaluate import perplexity
-from bmojo_jax.evaluate.bootstrap import interval
+from bmojo_jax.evaluate.intervals import interval
 from tests.runs import tiny_run
 
 CONTEXTS, SUFFIX = (8, 16, 40), 10

@@ -13,7 +13,7 @@ from bmojo_jax.checkpoint import Trained
 from bmojo_jax.config import MeshConfig
 from bmojo_jax.data.tasks.prompts import Prompt
 from bmojo_jax.data.tokenizers import ByteTokenizer
-from bmojo_jax.evaluate import answers, scoring
+from bmojo_jax.evaluate import answers, intervals, scoring
 from bmojo_jax.evaluate.scoring import Request, Score
 from tests.models import FAMILIES, float64_params, small_config
 from tests.runs import tiny_run
@@ -224,6 +224,6 @@ def test_answers_and_their_summary(monkeypatch):
     assert result["nats"] == pytest.approx((13 * 0.5 + 5 * 2.5) / 18)
     low, high = result["exact_interval"]
     assert low == pytest.approx(0.0945, abs=1e-3) and high == pytest.approx(0.9055, abs=1e-3)
-    low, high = answers.share_interval(0.0, 20)
+    low, high = intervals.share_interval(0.0, 20)
     assert low == 0 and high == pytest.approx(0.1611, abs=1e-3)
     assert answers.default_lengths(1024) == (512, 1024, 2048, 4096, 8192)

@@ -1,12 +1,17 @@
-"""Confidence intervals by the bootstrap: groups, e.g. documents, are drawn again with replacement.
+"""Confidence intervals of 95 %.
+
+By the bootstrap, groups, e.g. documents, are drawn again with replacement:
 
     estimate    sum_g values_g / sum_g weights_g        with weights 1: the mean
     interval    the 2.5 % and 97.5 % quantiles of that ratio over draws of as many groups
 
 Groups are what is independent: tokens of one document are not. A difference of two measurements
 on the same groups is paired: the interval of its values, not of two intervals.
+
+Where all items are right, or all wrong, draws of them say nothing: for shares there is Wilson's.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +19,7 @@ from numpy.typing import ArrayLike
 
 _DRAWS = 2000
 _QUANTILES = (0.025, 0.975)
+_Z = 1.96  # as many deviations of a normal distribution as hold 95 % of it
 
 
 def interval(
@@ -53,3 +59,14 @@ def interval(
         ratios[i] = values_G[chosen].sum() / weights_G[chosen].sum()
     low, high = np.quantile(ratios, _QUANTILES)
     return float(low), float(high)
+
+
+def share_interval(mean: float, items: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of independent items.
+
+    For scores between 0 and 1 that are not all one or the other it is wider than need be.
+    """
+    spread = _Z**2 / items
+    centre = (mean + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (mean * (1 - mean) + spread / 4)) / (1 + spread)
+    return max(centre - half, 0.0), min(centre + half, 1.0)

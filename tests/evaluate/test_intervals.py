@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bmojo_jax.evaluate.bootstrap import interval
+from bmojo_jax.evaluate.intervals import interval
 
 
 def test_interval_of_a_mean_is_that_of_the_normal_distribution(rng):
