@@ -384,3 +384,15 @@ def test_a_second_run_is_refused_before_it_changes_anything(tmp_path):
         with pytest.raises(checks.SettingsError, match="must not be in use by another run"):
             trainer.train(tiny_run(tmp_path / "documents"), tmp_path)
         assert _content(tmp_path) == before
+
+
+def test_reading_goes_on_to_what_a_run_has_saved_meanwhile(tmp_path, caplog):
+    with _open(tmp_path, keep_last=1) as checkpoints:
+        _save(checkpoints, 1)
+        checkpoints.wait()
+        with _open(tmp_path, mode="read") as reader:
+            _save(checkpoints, 2)
+            checkpoints.wait()  # step 1, of which the reader knows, is removed
+            place = reader.restore(ABSTRACT)[1]
+    assert place == {"at": 2}
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

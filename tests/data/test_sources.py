@@ -229,3 +229,15 @@ def test_files_that_go_away_or_shrink_are_named(folder):
     assert source[3] == BadDocument(source.names[3], "unreadable")
     with pytest.raises(IndexError):
         source[len(source)]
+
+
+def test_links_are_told(tmp_path, monkeypatch):
+    write(tmp_path / "texts", {f"{n}.txt": b"x" for n in range(3)})
+    write(tmp_path / "elsewhere", {"inner.txt": b"x"})
+    (tmp_path / "texts/folder").symlink_to(tmp_path / "elsewhere")
+    os.link(tmp_path / "texts/0.txt", tmp_path / "texts/hard.txt")
+    messages = []
+    monkeypatch.setattr(logging, "info", messages.append)
+    assert all_names(DataConfig(path=str(tmp_path / "texts"))) == ["0.txt", "1.txt", "2.txt"]
+    assert any("1 of 5 files (a link to a folder), e.g. 'folder'" in text for text in messages)
+    assert any("1 of 5 files (the same file again), e.g. 'hard.txt'" in text for text in messages)

@@ -100,6 +100,10 @@ def test_nothing_is_overwritten(data, tmp_path):
     (tmp_path / "other/mine.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"must be a new or empty folder; it holds 'mine.txt'"):
         tokenize.tokenize(data, tmp_path / "other", shards=2, processes=1)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/corpus.part1.zip").write_text("mine")
+    with pytest.raises(ValueError, match=r"new or empty folder; it holds 'corpus.part1.zip'"):
+        tokenize.tokenize(data, tmp_path / "parts", shards=2, processes=1)
     tokenize.tokenize(data, tmp_path / "out", shards=2, processes=1)
     before = contents(tmp_path / "out")
     with pytest.raises(ValueError, match=r"out': must be a new folder; this one is finished"):

@@ -416,3 +416,14 @@ def test_forks_are_not_warned_of(monkeypatch, make):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     make("gpt2")
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_a_normaliser_makes_no_boundary_of_text(tmp_path):
+    tokenizer = unigram()
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.save(str(tmp_path / "nfkc.json"))
+    got = tokenizers.make_tokenizer(DataConfig(tokenizer=str(tmp_path / "nfkc.json")))
+    wide = "a \uff1c/s\uff1e b"  # NFKC makes </s> of it
+    assert got.boundary_id in tokenizer.encode(wide, add_special_tokens=False).ids
+    ids = got.encode(wide)
+    assert got.boundary_id not in ids and len(ids) > 2

@@ -143,3 +143,14 @@ def test_what_is_no_finished_folder_is_refused(written, tmp_path):
     edit(written, format=2)
     with pytest.raises(ValueError, match=r"must be of format 1; tokens\.json says 2"):
         tokens.open_tokens(written, written, "train")
+
+
+def test_what_is_held_out_is_not_trained_on(written):
+    with pytest.raises(ValueError, match=r"data\.split='validation': must be another split"):
+        sources.open_source(dataclasses.replace(written, split="validation"), "train")
+    held_out = SourceConfig(source="tokens", path=f"{written.path}/.", split="validation")
+    mixed = dataclasses.replace(written, mixed_in=(held_out,))
+    with pytest.raises(
+        ValueError, match=r"data\.mixed_in\[0\]\.split='validation': must be another"
+    ):
+        sources.open_mixed_in(mixed)

@@ -1,5 +1,6 @@
 """The suites of needles and of the phonebook."""
 
+import dataclasses
 import json
 
 import jax
@@ -104,6 +105,22 @@ def test_default_lengths_and_what_is_refused(oracle, tmp_path):
         phonebook.run(trained, lengths=(0,))
 
 
+def test_a_run_on_needles_hides_them_in_its_essays(oracle, tmp_path):
+    trained = trained_on(tmp_path / "documents")
+    for path in (trained.config.data.path, ""):
+        data = dataclasses.replace(trained.config.data, source="needles", path=path)
+        config = dataclasses.replace(trained.config, data=data)
+        needles.run(
+            dataclasses.replace(trained, config=config),
+            lengths=(1200,),
+            items=3,
+            variants="single_2",
+        )
+        for prompt in oracle[-1][1]:
+            assert prompt.question.count("special magic number") == 4  # one is hidden
+            assert ("The grass is green." in prompt.question) == (not path)
+
+
 def test_phonebook_by_length(oracle, tmp_path):
     result = phonebook.run(trained_on(tmp_path / "documents"), lengths=(2000, 500), items=7)
     rows = result["by_length"]
@@ -113,6 +130,11 @@ def test_phonebook_by_length(oracle, tmp_path):
     assert 12 < rows[0]["lines"] < 20 and 65 < rows[1]["lines"] < 85
     text = written(result, tmp_path / "eval")
     assert f"{rows[1]['lines']:.1f}" in text and "100.0%" in text
+    some = phonebook.run(trained_on(tmp_path / "documents"), lengths=(60, 500), items=2)
+    assert [row["length"] for row in some["by_length"]] == [500]
+    assert "left out, since a book does not fit: 60" in evaluate.table(some)
+    with pytest.raises(ValueError, match=r"lengths=\(60,\): must be longer; .*at least"):
+        phonebook.run(trained_on(tmp_path / "documents"), lengths=(60,), items=2)
 
 
 @pytest.mark.slow
