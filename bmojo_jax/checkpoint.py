@@ -264,6 +264,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+            if self._failure is not None:  # writes that were under way may have come after it
+                self._inventory.clean_up()
 
     def _make_checkpointer(self) -> ocp.AsyncCheckpointer:
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
