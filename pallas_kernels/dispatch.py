@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import AbstractDevice
 
 # Fastest first. "reference" is never chosen by itself: it is the definition, not a way to run.
 PREFERENCES: Mapping[str, tuple[str, ...]] = {
@@ -27,15 +28,39 @@ class Unsupported(ValueError):
     """An implementation cannot take these inputs; the message says which and why."""
 
 
+def _target() -> AbstractDevice | None:
+    """The device that the ambient mesh is made of, which may be one that is not here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.abstract_device
+
+
 def platform() -> str:
-    """The platform that arrays live on by default: "cpu", "gpu" or "tpu"."""
-    name = jax.default_backend()
+    """The platform that is traced for: "cpu", "gpu" or "tpu".
+
+    The ambient mesh's (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`), so that programs can be
+    compiled for machines that are not here; without one that of the default devices.
+    """
+    target = _target()
+    name = jax.default_backend() if target is None else target.platform
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def device_kind() -> str:
-    """The default device's kind, e.g. "NVIDIA H100 80GB HBM3": the key of tuned block sizes."""
-    return jax.devices()[0].device_kind
+    """The kind of that platform's devices, e.g. "NVIDIA H100 80GB HBM3"."""
+    target = _target()
+    return jax.devices()[0].device_kind if target is None else target.device_kind
+
+
+def interpreted(wanted: str) -> bool:
+    """Whether a kernel for platform `wanted` must run interpreted: on a CPU, for tests.
+
+    Raises:
+      Unsupported: traced for another accelerator.
+    """
+    here = platform()
+    if here not in (wanted, "cpu"):
+        raise Unsupported(f"its kernels are for {wanted}, and this is {here}")
+    return here != wanted
 
 
 @functools.cache

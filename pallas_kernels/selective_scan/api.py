@@ -17,7 +17,7 @@ Worked example, E = N = 1, a = -1, b = c = 1, d = 0, dt = ln 2 (the state halves
 x = 1, 0, 0 gives y = ln 2, ln 2 / 2, ln 2 / 4; with a reset at the last step ln 2, ln 2 / 2, 0.
 
 Implementations: "reference" (differentiated by JAX) and backends. A backend is a module with
-`forward(operands, blocks) -> (ScanOutput, residuals)` and
+`forward(operands, blocks, *, for_backward) -> (ScanOutput, residuals)` and
 `backward(residuals, d_out, blocks) -> Operands` of gradients, which raises `Unsupported` for
 what it cannot take; `_scan` below is the one place that makes a differentiable function of them.
 """
@@ -42,13 +42,13 @@ Blocks = tuple[tuple[str, int], ...]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
 def _scan(backend: ModuleType, operands: Operands, blocks: Blocks) -> ScanOutput:
-    return backend.forward(operands, dict(blocks))[0]
+    return backend.forward(operands, dict(blocks), for_backward=False)[0]
 
 
 def _scan_forward(
     backend: ModuleType, operands: Operands, blocks: Blocks
 ) -> tuple[ScanOutput, Any]:
-    return backend.forward(operands, dict(blocks))
+    return backend.forward(operands, dict(blocks), for_backward=True)
 
 
 def _scan_backward(

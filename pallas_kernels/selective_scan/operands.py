@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+# Raw step size of padding: softplus makes it exactly 0, and such a step leaves the state as it was.
+NEUTRAL_DT = -1e4
+
 
 class Operands(NamedTuple):
     """The inputs, or their gradients (None for reset_BL). Only z_BLE and reset_BL may be None."""

@@ -44,10 +44,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import blocks as block_sizes
-from pallas_kernels.selective_scan.operands import Operands, ScanOutput, state_dtype
-
-# Raw step size of the steps that fill up the last chunk: softplus makes it exactly 0.
-NEUTRAL_DT = -1e4
+from pallas_kernels.selective_scan.operands import NEUTRAL_DT, Operands, ScanOutput, state_dtype
 
 
 class _Grid(NamedTuple):
@@ -144,8 +141,11 @@ def _run_chunk(streams: _Streams, weights: _Weights, h_BNE: Array) -> _Steps:
     return _Steps(dt_BCE, u_BCE, y_BCE, before, decay, after)
 
 
-def forward(operands: Operands, blocks: Mapping[str, int]) -> tuple[ScanOutput, Any]:
+def forward(
+    operands: Operands, blocks: Mapping[str, int], *, for_backward: bool
+) -> tuple[ScanOutput, Any]:
     """The outputs, and for `backward` the operands and the state before every chunk."""
+    del for_backward  # XLA drops states that nobody reads.
     grid, streams, weights = _prepare(operands, blocks)
 
     def chunk(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], Array]:
