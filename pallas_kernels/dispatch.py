@@ -19,8 +19,8 @@ from jax.sharding import AbstractDevice
 # Fastest first. "reference" is never chosen by itself: it is the definition, not a way to run.
 PREFERENCES: Mapping[str, tuple[str, ...]] = {
     "cpu": ("xla",),
-    "gpu": ("xla",),
-    "tpu": ("xla",),
+    "gpu": ("pallas_triton", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
 }
 
 

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.selective_scan import reference, xla
+from pallas_kernels.selective_scan import pallas_tpu, pallas_triton, reference, xla
 from pallas_kernels.selective_scan.operands import Operands, ScanOutput
 
 __all__ = ["ScanOutput", "selective_scan"]
@@ -69,6 +69,8 @@ def _run_reference(operands: Operands, blocks: Blocks) -> ScanOutput:
 IMPLEMENTATIONS = {
     "reference": _run_reference,
     "xla": functools.partial(_scan, xla),
+    "pallas_triton": functools.partial(_scan, pallas_triton),
+    "pallas_tpu": functools.partial(_scan, pallas_tpu),
 }
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import memory_attention, selective_scan
 from pallas_kernels.shapes import ATTENTION_CASES, SCAN_CASES
@@ -12,14 +13,24 @@ from pallas_kernels.shapes import ATTENTION_CASES, SCAN_CASES
 PLATFORMS = ["cuda", "tpu"]
 
 
-def lowers(loss, shapes, platform):
-    traced = jax.jit(jax.grad(loss, argnums=tuple(range(len(shapes))))).trace(*shapes)
-    return "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
+SCANS = [("cuda", "xla"), ("tpu", "xla"), ("tpu", "pallas_tpu")]
+# What shows that a kernel was lowered and not its interpreter.
+MARKS = {"xla": "stablehlo", "pallas_tpu": "tpu_custom_call"}
+DEVICES = {
+    "cuda": AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu"),
+    "tpu": AbstractDevice("TPU v5 lite", None, platform="tpu"),
+}
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+def lowers(loss, shapes, platform, mark="stablehlo"):
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=DEVICES[platform])):
+        traced = jax.jit(jax.grad(loss, argnums=tuple(range(len(shapes))))).trace(*shapes)
+        return mark in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("platform", "implementation"), SCANS)
 @pytest.mark.parametrize("case", SCAN_CASES)
-def test_selective_scan_lowers(case, platform):
+def test_selective_scan_lowers(case, implementation, platform):
     sizes = dataclasses.asdict(SCAN_CASES[case])
 
     def array(letters, dtype=jnp.bfloat16):
@@ -38,11 +49,11 @@ def test_selective_scan_lowers(case, platform):
             dt_bias_E=dt_bias_E,
             h0_BEN=h0_BEN,
             reset_BL=reset_BL,
-            implementation="xla",
+            implementation=implementation,
         )
         return out.y_BLE.astype(jnp.float32).sum() + out.h_BEN.sum()
 
-    assert lowers(loss, shapes, platform)
+    assert lowers(loss, shapes, platform, MARKS[implementation])
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -1,6 +1,7 @@
 """The selective scan: every implementation against the reference, and what must hold of all."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +12,33 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from pallas_kernels import ScanOutput, selective_scan
+from pallas_kernels import ScanOutput, Unsupported, selective_scan
 from pallas_kernels.shapes import SCAN_CASES, ScanShape
 from tests.tolerances import TOLERANCE, relative_rms
 
+# Kernels, which run interpreted here. They refuse float64.
+KERNELS: Mapping[str, list[dict[str, int]]] = {
+    "pallas_tpu": [{"chunk": 16}, {"chunk": 5}, {"chunk": 32}],
+}
 # Block sizes of every backend; the first entry cuts SHAPE into several chunks, unevenly.
 BLOCKS: Mapping[str, list[dict[str, int]]] = {
     "xla": [{"chunk": 5}, {"chunk": 1}, {"chunk": 4}, {"chunk": 100}],
+    **KERNELS,
 }
-BACKENDS = tuple(BLOCKS)
+BACKENDS = ("xla",)
+# Interpreting a kernel takes seconds to compile.
+ALL = [*BACKENDS, *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS)]
 SMALL = [name for name in SCAN_CASES if not name.startswith("b")]
 OPTIONAL = ("z_BLE", "dt_bias_E", "reset_BL", "h0_BEN")
-SHAPE = ScanShape(B=2, L=13, E=4, N=3)
+SHAPE = ScanShape(B=2, L=21, E=4, N=3)
+
+# What only kernels see: every number of states that they hold, channels beyond a tile.
+KERNEL_CASES: Mapping[str, ScanShape] = {
+    "8_states": ScanShape(B=1, L=17, E=2, N=8),
+    "16_states": ScanShape(B=2, L=40, E=1030, N=16),
+    "32_states": ScanShape(B=1, L=18, E=2, N=20),
+    "64_states": ScanShape(B=1, L=18, E=2, N=64),
+}
 
 Operands = dict[str, Any]
 
@@ -57,9 +73,26 @@ def small_blocks(implementation: str) -> dict[str, int] | None:
     return BLOCKS[implementation][0] if implementation in BLOCKS else None
 
 
+def precision(implementation: str) -> str:
+    """The widest dtype that it takes."""
+    return "float32" if implementation in KERNELS else "float64"
+
+
 def run(operands: Mapping[str, Any], implementation: str) -> ScanOutput:
     blocks = small_blocks(implementation)
     return selective_scan(**operands, implementation=implementation, blocks=blocks)
+
+
+# One program for all tests of a shape: compiling takes longer than running.
+@functools.partial(jax.jit, static_argnames=("implementation", "blocks"))
+def run_and_pull_back(
+    floats: Operands, reset: Operands, implementation: str, blocks: tuple[tuple[str, int], ...]
+) -> tuple[ScanOutput, Operands]:
+    options = {"implementation": implementation, "blocks": dict(blocks) or None}
+    out, pull_back = jax.vjp(lambda f: selective_scan(**f, **reset, **options), floats)
+    rng = np.random.default_rng(1)
+    cotangents = [jnp.asarray(rng.standard_normal(v.shape), v.dtype) for v in out]
+    return out, pull_back(ScanOutput(*cotangents))[0]
 
 
 def outputs_and_gradients(
@@ -68,23 +101,48 @@ def outputs_and_gradients(
     """Both outputs, and the gradient of every float operand under random cotangents."""
     reset = {name: v for name, v in operands.items() if name == "reset_BL"}
     floats = {name: v for name, v in operands.items() if name != "reset_BL"}
-
-    @jax.jit
-    def run_and_pull_back(floats: Operands, reset: Operands) -> tuple[ScanOutput, Operands]:
-        options = {"implementation": implementation, "blocks": blocks}
-        out, pull_back = jax.vjp(lambda f: selective_scan(**f, **reset, **options), floats)
-        rng = np.random.default_rng(1)
-        cotangents = [jnp.asarray(rng.standard_normal(v.shape), v.dtype) for v in out]
-        return out, pull_back(ScanOutput(*cotangents))[0]
-
-    out, gradients = run_and_pull_back(floats, reset)
+    sizes = tuple((blocks or {}).items())
+    out, gradients = run_and_pull_back(floats, reset, implementation, sizes)
     return out._asdict() | {f"d {name}": v for name, v in gradients.items()}
+
+
+def expected(operands: Operands, backend: str) -> dict[str, ArrayLike]:
+    """What the reference gives; of float32 operands of a kernel, in float64."""
+    if backend not in KERNELS:
+        return outputs_and_gradients(operands, "reference")
+    with jax.enable_x64(True):
+        wide = {
+            name: v if v.dtype == jnp.bool_ else jnp.asarray(np.asarray(v), "float64")
+            for name, v in operands.items()
+        }
+        return outputs_and_gradients(wide, "reference")
 
 
 def assert_close(got: Mapping[str, ArrayLike], want: Mapping[str, ArrayLike], dtype: str) -> None:
     assert got.keys() == want.keys()
     errors = {name: relative_rms(got[name], want[name]) for name in want}
     assert all(error < TOLERANCE[dtype] for error in errors.values()), errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*SMALL, *KERNEL_CASES])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_equals_float64(rng: np.random.Generator, kernel: str, case: str) -> None:
+    operands = draw(rng, (SCAN_CASES | KERNEL_CASES)[case])
+    got = outputs_and_gradients(operands, kernel, small_blocks(kernel))
+    want = expected(operands, kernel)
+    assert got.keys() == want.keys()
+    errors = {name: relative_rms(got[name], want[name]) for name in want}
+    assert all(error < 1e-6 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_refuse_what_they_cannot_take(rng: np.random.Generator, kernel: str) -> None:
+    with jax.enable_x64(True):
+        with pytest.raises(Unsupported, match=r"x_BLE\.dtype=float64 must be float32 or bfloat16"):
+            run(draw(rng, SHAPE, "float64"), kernel)
+    with pytest.raises(Unsupported, match="N=65"):
+        run(draw(rng, dataclasses.replace(SHAPE, N=65)), kernel)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -98,7 +156,7 @@ def test_equals_reference(rng: np.random.Generator, backend: str, case: str, dty
         assert_close(got, outputs_and_gradients(operands, "reference"), dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_bfloat16_rounds_only_results(rng: np.random.Generator, backend: str) -> None:
     operands = draw(rng, SCAN_CASES["primes"], "bfloat16")
     got = outputs_and_gradients(operands, backend, small_blocks(backend))
@@ -111,11 +169,11 @@ def test_bfloat16_rounds_only_results(rng: np.random.Generator, backend: str) ->
 
 
 @pytest.mark.parametrize("left_out", [*OPTIONAL, "all"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_options_may_be_left_out(rng: np.random.Generator, backend: str, left_out: str) -> None:
     operands = draw(rng, SHAPE, leave_out=OPTIONAL if left_out == "all" else (left_out,))
     got = outputs_and_gradients(operands, backend, small_blocks(backend))
-    assert_close(got, outputs_and_gradients(operands, "reference"), "float32")
+    assert_close(got, expected(operands, backend), "float32")
 
 
 def test_reference_is_the_definition(rng: np.random.Generator) -> None:
@@ -136,14 +194,14 @@ def test_reference_is_the_definition(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("raw_dt", [-15.0, 0.0, 10.0])
 @pytest.mark.parametrize("rate", [-1e-3, -1.0, -64.0])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_hard_decays(rng: np.random.Generator, backend: str, rate: float, raw_dt: float) -> None:
     """From a state that keeps all to one that keeps nothing, in exp and softplus alike."""
     operands = draw(rng, SHAPE, leave_out=("reset_BL", "dt_bias_E"))
     operands["a_EN"] = jnp.full_like(operands["a_EN"], rate)
     operands["dt_BLE"] = raw_dt + 0.1 * operands["dt_BLE"]
     got = outputs_and_gradients(operands, backend, small_blocks(backend))
-    want = outputs_and_gradients(operands, "reference")
+    want = expected(operands, backend)
     if rate * raw_dt < -100:
         # The state forgets by exp(-640): zero gradients in both, or denormal dust in one.
         for name in ("d a_EN", "d h0_BEN"):
@@ -151,14 +209,15 @@ def test_hard_decays(rng: np.random.Generator, backend: str, rate: float, raw_dt
     assert_close(got, want, "float32")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_block_sizes_change_nothing(rng: np.random.Generator, backend: str) -> None:
-    with jax.enable_x64(True):
-        operands = draw(rng, SHAPE, "float64")
-        want = outputs_and_gradients(operands, "reference")
+    dtype = precision(backend)
+    with jax.enable_x64(dtype == "float64"):
+        operands = draw(rng, SHAPE, dtype)
+        want = expected(operands, backend)
         for blocks in BLOCKS[backend]:
             got = outputs_and_gradients(operands, backend, blocks)
-            assert_close(got, want, "float64")
+            assert_close(got, want, dtype)
 
 
 def split(operands: Operands, start: int, stop: int) -> Operands:
@@ -166,22 +225,24 @@ def split(operands: Operands, start: int, stop: int) -> Operands:
     return operands | timed
 
 
-@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("implementation", ["reference", *ALL])
 def test_two_halves_make_a_whole(rng: np.random.Generator, implementation: str) -> None:
-    with jax.enable_x64(True):
-        operands = draw(rng, SHAPE, "float64")
+    dtype = precision(implementation)
+    with jax.enable_x64(dtype == "float64"):
+        operands = draw(rng, SHAPE, dtype)
         whole = run(operands, implementation)
         first = run(split(operands, 0, 6), implementation)
-        second = run(split(operands, 6, 13) | {"h0_BEN": first.h_BEN}, implementation)
+        second = run(split(operands, 6, SHAPE.L) | {"h0_BEN": first.h_BEN}, implementation)
         y_BLE = jnp.concatenate([first.y_BLE, second.y_BLE], 1)
-        assert_close({"y": y_BLE, "h": second.h_BEN}, {"y": whole[0], "h": whole[1]}, "float64")
+        assert_close({"y": y_BLE, "h": second.h_BEN}, {"y": whole[0], "h": whole[1]}, dtype)
 
 
-@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("implementation", ["reference", *ALL])
 def test_documents_are_isolated(rng: np.random.Generator, implementation: str) -> None:
     """Documents packed in one row equal each scanned apart, from a zero state."""
-    with jax.enable_x64(True):
-        operands = draw(rng, SHAPE, "float64")
+    dtype = precision(implementation)
+    with jax.enable_x64(dtype == "float64"):
+        operands = draw(rng, SHAPE, dtype)
         starts = [0, 1, 7, 8]
         first_L = np.isin(np.arange(SHAPE.L), starts)
         operands["reset_BL"] = jnp.tile(first_L, (SHAPE.B, 1))
@@ -193,10 +254,10 @@ def test_documents_are_isolated(rng: np.random.Generator, implementation: str) -
             apart.append(run(document, implementation))
         y_BLE = jnp.concatenate([out.y_BLE for out in apart], 1)
         want = {"y_BLE": y_BLE, "h_BEN": apart[-1].h_BEN}
-        assert_close(packed._asdict(), want, "float64")
+        assert_close(packed._asdict(), want, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_reset_at_every_position(rng: np.random.Generator, backend: str) -> None:
     operands = draw(rng, SHAPE)
     operands["reset_BL"] = jnp.ones((SHAPE.B, SHAPE.L), bool)
@@ -204,10 +265,10 @@ def test_reset_at_every_position(rng: np.random.Generator, backend: str) -> None
     # No decay is ever used, so nothing depends on its rates or on the first state.
     for name in ("d a_EN", "d h0_BEN"):
         assert not np.any(got[name]), name
-    assert_close(got, outputs_and_gradients(operands, "reference"), "float32")
+    assert_close(got, expected(operands, backend), "float32")
 
 
-@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("implementation", ["reference", *ALL])
 def test_causal(rng: np.random.Generator, implementation: str) -> None:
     operands = draw(rng, SHAPE, leave_out=("reset_BL",))
 
@@ -222,7 +283,7 @@ def test_causal(rng: np.random.Generator, implementation: str) -> None:
         np.testing.assert_array_equal(reaches_TL, np.tri(SHAPE.L, dtype=bool), err_msg=name)
 
 
-@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("implementation", ["reference", *ALL])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_neutral_steps_keep_the_state(
     rng: np.random.Generator, implementation: str, dtype: str
@@ -233,7 +294,7 @@ def test_neutral_steps_keep_the_state(
     np.testing.assert_array_equal(h_BEN, operands["h0_BEN"])
 
 
-@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("implementation", ["reference", *ALL])
 def test_vmap_equals_a_loop(rng: np.random.Generator, implementation: str) -> None:
     """Gradients too, under checkpoint as in a model, with operands that are not mapped."""
     models = [draw(np.random.default_rng(seed), SHAPE) for seed in (2, 3, 4)]
@@ -297,12 +358,12 @@ def test_memory_is_linear_and_small(backend: str) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("x_BLE", (2, 13), r"x_BLE.shape=\(2, 13\)"),
+        ("x_BLE", (2, 21), r"x_BLE.shape=\(2, 21\)"),
         ("x_BLE", (2, 0, 4), r"L >= 1"),
         ("a_EN", (4,), r"a_EN.shape=\(4,\)"),
         ("a_EN", (5, 3), r"a_EN.shape=\(5, 3\) must be \(4, 3\)"),
-        ("dt_BLE", (2, 12, 4), r"dt_BLE.shape=\(2, 12, 4\) must be \(2, 13, 4\)"),
-        ("c_BLN", (2, 13, 4), r"c_BLN.shape=\(2, 13, 4\) must be \(2, 13, 3\)"),
+        ("dt_BLE", (2, 20, 4), r"dt_BLE.shape=\(2, 20, 4\) must be \(2, 21, 4\)"),
+        ("c_BLN", (2, 21, 4), r"c_BLN.shape=\(2, 21, 4\) must be \(2, 21, 3\)"),
         ("d_E", (3,), r"d_E.shape=\(3,\) must be \(4,\)"),
         ("h0_BEN", (2, 3, 4), r"h0_BEN.shape=\(2, 3, 4\) must be \(2, 4, 3\)"),
     ],

@@ -1,0 +1,175 @@
+"""Device time of jitted functions: rotated buffers, interleaved samples, medians.
+
+A sample enqueues many calls and waits once, so that the device and not the host sets its time.
+Calls walk through several sets of arguments, and as many results are kept, so that neither lies in
+the device's cache when its turn comes. The samples of all jobs alternate: a drift of clocks or
+temperature hits every job alike. Where a call is so short that the host could not keep up, one
+program runs all sets in turn.
+"""
+
+import collections
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Three times the 50 MB second-level cache of an H100. More sets than _MOST_SETS are pointless:
+# what is that small is bound by launches, not by memory.
+ROTATED_BYTES = 150e6
+_MOST_SETS = 8
+_SAMPLE_SECONDS = 0.01
+_MOST_DISPATCHES = 256
+_WARM_ROUNDS = 3
+# Below this a dispatch from Python, some 0.05 ms, is a large part of a call.
+_SHORT_SECONDS = 3e-4
+# Dispatches after which the host's time is read: runtimes block once some 30 are in flight.
+_HOST_DISPATCHES = 16
+_COPIED_VALUES = 2**26  # of float32
+
+
+class Job(NamedTuple):
+    """A jitted function, and the sets of arguments that its calls walk through."""
+
+    function: Any
+    arguments: Sequence[tuple[Any, ...]]
+
+
+class Timing(NamedTuple):
+    """Seconds per call: the median and the quartiles of samples of `calls` calls each."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+    calls: int
+    host: float  # to enqueue a call; close to the median, it hides the device's time
+
+    def record(self) -> dict[str, Any]:
+        """For JSON, in milliseconds."""
+        return {
+            "ms": 1e3 * self.median,
+            "quartiles_ms": [1e3 * self.low, 1e3 * self.high],
+            "samples": self.samples,
+            "calls_per_sample": self.calls,
+            "host_ms": 1e3 * self.host,
+            "host_bound": self.host > 0.8 * self.median,
+        }
+
+
+class _Sampler:
+    """Samples of one job."""
+
+    def __init__(self, job: Job):
+        self._use(job, calls_per_dispatch=1)
+        self.dispatches = 1
+        self.sample()
+        self.dispatches = len(job.arguments)
+        seconds, _ = self.sample()
+        if seconds < _SHORT_SECONDS:
+            together = jax.jit(lambda sets: [job.function(*one) for one in sets])
+            self._use(Job(together, [(tuple(job.arguments),)]), len(job.arguments))
+            self.dispatches = 1
+            self.sample()
+            seconds, _ = self.sample()
+        wanted = math.ceil(_SAMPLE_SECONDS / (seconds * self.calls_per_dispatch))
+        self.dispatches = min(_MOST_DISPATCHES, max(len(self.job.arguments), wanted))
+
+    def _use(self, job: Job, calls_per_dispatch: int) -> None:
+        self.job, self.calls_per_dispatch = job, calls_per_dispatch
+        self.kept = collections.deque[Any](maxlen=len(job.arguments))
+
+    @property
+    def calls(self) -> int:
+        return self.dispatches * self.calls_per_dispatch
+
+    def sample(self) -> tuple[float, float]:
+        """Seconds per call, all and of the host alone."""
+        function, arguments = self.job
+        early, host = min(self.dispatches, _HOST_DISPATCHES), 0.0
+        start = time.perf_counter()
+        for number in range(self.dispatches):
+            self.kept.append(function(*arguments[number % len(arguments)]))
+            if number + 1 == early:
+                host = time.perf_counter() - start
+        jax.block_until_ready(self.kept[-1])
+        seconds = time.perf_counter() - start
+        return seconds / self.calls, host / (early * self.calls_per_dispatch)
+
+
+def measure[Name](jobs: Mapping[Name, Job], *, samples: int) -> dict[Name, Timing]:
+    """Times every job. All have run before the first sample, so none compiles in it."""
+    samplers = {name: _Sampler(job) for name, job in jobs.items()}
+    measured: dict[Name, list[tuple[float, float]]] = {name: [] for name in jobs}
+    for number in range(_WARM_ROUNDS + samples):
+        for name, sampler in samplers.items():
+            seconds = sampler.sample()
+            if number >= _WARM_ROUNDS:
+                measured[name].append(seconds)
+    return {name: _summary(values, samplers[name].calls) for name, values in measured.items()}
+
+
+def _summary(values: Sequence[tuple[float, float]], calls: int) -> Timing:
+    seconds, host = zip(*values, strict=True)
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(median, low, high, len(seconds), calls, statistics.median(host))
+
+
+def compile_all(lower: Iterable[Callable[[], Any]]) -> list[BaseException | None]:
+    """Compiles what the functions lower, on all cores; says of each what failed, if anything.
+
+    A later call of the jitted function finds its program compiled. Tracing takes turns, only the
+    compiler runs in threads.
+    """
+
+    def start(lower_one: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future = pool.submit(lower_one().compile)
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    with ThreadPoolExecutor() as pool:
+        running = [start(lower_one) for lower_one in lower]
+        return [future.exception() for future in running]
+
+
+def copied_bytes_per_second(*, samples: int) -> float:
+    """Read and written, of a copy that is far larger than any cache: what memory can do."""
+    sets = [(jnp.full(_COPIED_VALUES, value, jnp.float32),) for value in (1.0, 2.0)]
+    job = Job(jax.jit(lambda v: -v), sets)
+    return 2 * nbytes(sets[0]) / measure({"copy": job}, samples=samples)["copy"].median
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays, or shapes, in a tree."""
+    return sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(tree))
+
+
+def number_of_sets(bytes_of_a_set: int) -> int:
+    """How many sets of arguments it takes to exceed the cache; at least two."""
+    return min(_MOST_SETS, max(2, math.ceil(ROTATED_BYTES / max(bytes_of_a_set, 1))))
+
+
+def progress[T](items: Iterable[T], *, unit: str) -> Iterable[T]:
+    """A progress bar, where tqdm is installed."""
+    try:
+        import tqdm
+    except ImportError:
+        return items
+    return tqdm.tqdm(items, unit=unit, disable=None)
+
+
+def say(line: str) -> None:
+    """Prints a line without breaking the progress bar."""
+    try:
+        import tqdm
+    except ImportError:
+        print(line, flush=True)
+    else:
+        tqdm.tqdm.write(line)

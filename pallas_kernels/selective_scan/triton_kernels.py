@@ -1,0 +1,361 @@
+"""The bodies of the Triton kernels of the selective scan; `pallas_triton.py` calls them.
+
+Every program advances 8 W channels of one row of the batch from one end of L to the other, in the
+layout of `triton_lanes.py`. Time is cut into groups of 4 steps and trips of several groups.
+
+Loads of the next trip are issued before the present one is computed. Compilers undo that: they
+move loads down to where their values are used, or compute first what was written last, and then
+every trip waits for memory (a third to a half of the time, seen in stall samples of the H100).
+So each trip stands in a branch that is always taken but not known to be: its condition has a
+factor that is loaded from memory. And the loop runs two trips per turn, so that no value is moved
+from one register to another before it has arrived.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.selective_scan.triton_lanes import (
+    CHANNELS,
+    LN_2,
+    LOG2_E,
+    RESET_DT,
+    STATES,
+    STEPS,
+    Lanes,
+    Parts,
+    unzipped,
+    zipped,
+)
+
+Refs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Static sizes: L tokens, sets of 16 states, groups of 4 steps in a trip, and a chunk, the
+    steps between saved states (None: none are saved)."""
+
+    lanes: Lanes
+    L: int
+    sets: int
+    groups: int
+    chunk: int | None
+
+
+class Place:
+    """Where a program reads and writes, and the weights of its channels."""
+
+    def __init__(self, ref: Refs, plan: Plan):
+        self.ref, self.plan = ref, plan
+        lanes = plan.lanes
+        self.row, self.block = pl.program_id(0), pl.program_id(1)
+        self.channel = self.block * (CHANNELS * lanes.warps) + lanes.channel()
+        self.step = lanes.step()
+        self.channels = jnp.broadcast_to(self.channel[:, None], (lanes.width, 4))
+        self.lanes_4 = jnp.broadcast_to(lanes.lane()[:, None], (lanes.width, 4))
+        self.four = lax.broadcasted_iota(jnp.int32, (lanes.width, 4), 1)
+        self.states = [STATES * s + lanes.states() for s in range(plan.sets)]
+        # Rates for exp2, per set of states.
+        self.a = [plgpu.load(ref["a_EN"].at[self.channels, n]) * LOG2_E for n in self.states]
+        self.d = plgpu.load(ref["d_E"].at[self.channel])
+        self.dt_bias = plgpu.load(ref["dt_bias_E"].at[self.channel])
+        # 1, which the compiler does not know: see the module's docstring.
+        self.one = plgpu.load(ref["one"].at[self.row * 0])
+
+    def elements(self, names: tuple[str, ...], group: Array | int) -> dict[str, Array]:
+        """Of a group of 4 steps: [T] of each [B, L, E] input, the reset flags if there are any."""
+        t = group * STEPS + self.step
+        loaded = {n: plgpu.load(self.ref[n].at[self.row, t, self.channel]) for n in names}
+        if "reset_BL" in self.ref:
+            loaded["reset_BL"] = plgpu.load(self.ref["reset_BL"].at[self.row, t])
+        return loaded
+
+    def factors(self, name: str, group: Array | int) -> list[Array]:
+        """[T, 4] of each set of states: what `arrange` in `pallas_triton.py` put side by side."""
+        ref, sets = self.ref[name], range(self.plan.sets)
+        return [plgpu.load(ref.at[self.row, group, s, self.lanes_4, self.four]) for s in sets]
+
+    def put(self, name: str, group: Array, value: Array) -> None:
+        """Writes [T] elements of a group."""
+        at = self.ref[name].at[self.row, group * STEPS + self.step, self.channel]
+        plgpu.store(at, value.astype(self.ref[name].dtype))
+
+    def load_states(self, name: str, *index: Array) -> list[Array]:
+        """[T, 4] of each set, of [B, ..., E, N]."""
+        ref = self.ref[name]
+        return [plgpu.load(ref.at[self.row, *index, self.channels, n]) for n in self.states]
+
+    def store_states(self, name: str, tiles: list[Array], *index: Array) -> None:
+        ref = self.ref[name]
+        for n, tile in zip(self.states, tiles, strict=True):
+            plgpu.store(ref.at[self.row, *index, self.channels, n], tile)
+
+    def _kept(self, trip: Array) -> list[Any]:
+        thread = jnp.broadcast_to(
+            jnp.arange(self.plan.lanes.width)[:, None], (self.plan.lanes.width, 4)
+        )
+        index = (self.row, self.block, trip)
+        return [self.ref["kept"].at[*index, s, thread, self.four] for s in range(self.plan.sets)]
+
+    def store_kept(self, tiles: list[Array], trip: Array) -> None:
+        """Keeps the state before a trip, to be read by the same lanes."""
+        for at, tile in zip(self._kept(trip), tiles, strict=True):
+            plgpu.store(at, tile)
+
+    def load_kept(self, trip: Array) -> list[Array]:
+        return [plgpu.load(at) for at in self._kept(trip)]
+
+    def store_sums(self, tile: Array, group: Array, s: int) -> None:
+        """The program's share of the gradients of b and c: [T, 4], summed over its warps."""
+        total = tile.reshape(self.plan.lanes.warps, 32, 4).sum(axis=0)
+        lane, four = (lax.broadcasted_iota(jnp.int32, (32, 4), axis) for axis in (0, 1))
+        plgpu.store(self.ref["dbc"].at[self.block, self.row, group, s, lane, four], total)
+
+
+def in_trips(
+    place: Place,
+    trips: int,
+    fetch: Callable[[Array], Any],
+    compute: Callable[[Array, Any, Any], Any],
+    carry: Any,
+) -> Any:
+    """carry after compute(trip, fetch(trip), carry) for every trip, loads one trip ahead."""
+
+    def run(trip: Array, loaded: Any, carry: Any) -> Any:
+        taken = trip < trips * place.one
+        return lax.cond(taken, lambda c: compute(trip, loaded, c), lambda c: c, carry)
+
+    def turn(i: Array, state: Any) -> Any:
+        carry, now = state
+        after = fetch(jnp.minimum(2 * i + 1, trips - 1))
+        carry = run(2 * i, now, carry)
+        now = fetch(jnp.minimum(2 * i + 2, trips - 1))
+        return run(2 * i + 1, after, carry), now
+
+    if trips == 1:
+        return compute(jnp.int32(0), fetch(jnp.int32(0)), carry)
+    return lax.fori_loop(0, (trips + 1) // 2, turn, (carry, fetch(jnp.int32(0))))[0]
+
+
+class Prepared(NamedTuple):
+    """Elements of a group in float32: input, dt before and after softplus, dt for decays, dt x."""
+
+    x: Array
+    raw: Array
+    dt: Array
+    decay_dt: Array
+    u: Array
+
+
+def prepare(place: Place, loaded: Mapping[str, Array]) -> Prepared:
+    x = loaded["x_BLE"].astype(jnp.float32)
+    raw = loaded["dt_BLE"].astype(jnp.float32) + place.dt_bias
+    dt = place.plan.lanes.softplus(raw)
+    decay_dt = dt
+    if "reset_BL" in loaded:
+        decay_dt = jnp.where(loaded["reset_BL"] != 0, RESET_DT, dt)
+    return Prepared(x, raw, dt, decay_dt, dt * x)
+
+
+def halves(lanes: Lanes, tiles: list[Array]) -> tuple[list[Parts], list[Parts]]:
+    """The two operands that `pallas_triton.arrange` put side by side, for `outer` and `inner`."""
+    outer, inner = [], []
+    for tile in tiles:
+        v0, v1, v2, v3 = unzipped(tile)
+        outer.append(lanes.split(zipped(v0, v1, v0, v1)))
+        inner.append(lanes.split(zipped(v2, v3, v2, v3)))
+    return outer, inner
+
+
+def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
+    """Outputs y_BLE, h_BEN and, with chunks, the states before each, starts_BCEN."""
+    ref = dict(zip(names, refs, strict=True))
+    place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
+    inputs = tuple(n for n in ("x_BLE", "dt_BLE", "z_BLE") if n in ref)
+
+    def fetch(trip: Array) -> Any:
+        groups = [trip * plan.groups + i for i in range(plan.groups)]
+        return [(place.elements(inputs, g), place.factors("bc", g)) for g in groups]
+
+    def compute(trip: Array, loaded: Any, h: list[Array]) -> list[Array]:
+        h = list(h)
+        if plan.chunk:
+            per_chunk = plan.chunk // (STEPS * plan.groups)
+
+            @pl.when((trip & (per_chunk - 1)) == 0)
+            def _save() -> None:
+                place.store_states("starts_BCEN", h, trip >> (per_chunk.bit_length() - 1))
+
+        for i, (elements, bc) in enumerate(loaded):
+            now = prepare(place, elements)
+            b, c = halves(lanes, bc)
+            u = lanes.split(lanes.rounded(now.u))
+            y = jnp.zeros((lanes.width, 4), jnp.float32)
+            for j in range(STEPS):
+                dt = lanes.of_step(now.decay_dt, j)[:, None]
+                for s in sets:
+                    decay = lanes.exp2(dt * place.a[s])
+                    h[s] = lanes.fma(decay, h[s], lanes.outer(u, b[s], j))
+                    y = lanes.over_states(y, h[s], c[s], j)
+            out = lanes.fma(place.d, now.x, lanes.elements(y))
+            if "z_BLE" in elements:
+                z = elements["z_BLE"].astype(jnp.float32)
+                out = out * (z * lanes.sigmoid(z))
+            place.put("y_BLE", trip * plan.groups + i, out)
+        return h
+
+    trips = plan.L // (STEPS * plan.groups)
+    place.store_states("h_BEN", in_trips(place, trips, fetch, compute, place.load_states("h0_BEN")))
+
+
+def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
+    """All gradients; those of b and c as sums over a program's channels.
+
+    Per chunk, from the last to the first: first the states before each trip, from the saved state
+    before the chunk; then trip by trip backwards the states within, kept, and with them
+
+        lambda_t = c_t dyg_t + exp(dt_{t+1} a) lambda_{t+1}     dyg = dy SiLU(z)
+        db_t = sum_e lambda_t u_t           u = dt x
+        dc_t = sum_e h_t dyg_t
+        du_t = sum_n lambda_t b_t
+        da = sum_t dt_t p_t                 p_t = lambda_t exp(dt_t a) h_{t-1}
+        ddt_t = x_t du_t + sum_n a p_t
+    """
+    ref = dict(zip(names, refs, strict=True))
+    place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
+    assert plan.chunk
+    per_trip = STEPS * plan.groups
+    trips = plan.chunk // per_trip
+    zero = jnp.zeros((lanes.width,), jnp.float32)
+    zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
+    inputs = tuple(n for n in ("x_BLE", "dt_BLE", "z_BLE", "dy_BLE") if n in ref)
+
+    def chunk_backward(i: Array, carry: Any) -> Any:
+        chunk = plan.L // plan.chunk - 1 - i
+
+        def groups(trip: Array) -> list[Array]:
+            return [(chunk * trips + trip) * plan.groups + g for g in range(plan.groups)]
+
+        def fetch_again(trip: Array) -> Any:
+            return [
+                (place.elements(("x_BLE", "dt_BLE"), g), place.factors("bc", g))
+                for g in groups(trip)
+            ]
+
+        def advance(trip: Array, loaded: Any, h: list[Array]) -> list[Array]:
+            h = list(h)
+            place.store_kept(h, trip)
+            for elements, bc in loaded:
+                now, (b, _) = prepare(place, elements), halves(lanes, bc)
+                u = lanes.split(lanes.rounded(now.u))
+                for j in range(STEPS):
+                    dt = lanes.of_step(now.decay_dt, j)[:, None]
+                    for s in sets:
+                        decay = lanes.exp2(dt * place.a[s])
+                        h[s] = lanes.fma(decay, h[s], lanes.outer(u, b[s], j))
+            return h
+
+        h = place.load_states("starts_BCEN", chunk)
+        if trips > 1:
+            h = in_trips(place, trips - 1, fetch_again, advance, h)
+        place.store_kept(h, jnp.int32(trips - 1))
+
+        def fetch(i: Array) -> Any:
+            trip = trips - 1 - i
+            loaded = [
+                (place.elements(inputs, g), place.factors("bc", g), place.factors("cb", g))
+                for g in groups(trip)
+            ]
+            return loaded, place.load_kept(trip)
+
+        def compute(i: Array, loaded: Any, carry: Any) -> Any:
+            return _trip_backward(place, groups(trips - 1 - i), *loaded, carry)
+
+        return in_trips(place, trips, fetch, compute, carry)
+
+    start = (place.load_states("dh_BEN"), [zero_4 for _ in sets], zero, zero)
+    chunks = plan.L // plan.chunk
+    dh, da, dd, dbias = lax.fori_loop(0, chunks, chunk_backward, start)
+    place.store_states("dh0_BEN", dh)
+    place.store_states("da_BEN", da)
+    for name, value in (("dd_BE4", dd), ("ddt_bias_BE4", dbias)):
+        plgpu.store(ref[name].at[place.row, place.channel, place.step], value)
+
+
+def _trip_backward(
+    place: Place, groups: list[Array], loaded: Any, h: list[Array], carry: Any
+) -> Any:
+    """carry: gradient of the state after the trip, and the sums so far of a's, d's, dt_bias's."""
+    lanes, sets = place.plan.lanes, range(place.plan.sets)
+    zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
+    state, da, dd, dbias = carry
+    h, state, da = list(h), list(state), list(da)
+    kept, dc = [], []
+    for group, (elements, bc, cb) in zip(groups, loaded, strict=True):
+        now = prepare(place, elements)
+        (b, c), (c_outer, b_inner) = halves(lanes, bc), halves(lanes, cb)
+        dy = dyg = elements["dy_BLE"].astype(jnp.float32)
+        if "z_BLE" in elements:
+            z = elements["z_BLE"].astype(jnp.float32)
+            sigmoid = lanes.sigmoid(z)
+            dyg = dy * (z * sigmoid)
+        u, dyg_across = lanes.split(lanes.rounded(now.u)), lanes.across(dyg)
+        y, decays, carried = zero_4, [], []
+        sums = [(zero_4, zero_4) for _ in sets]
+        for j in range(STEPS):
+            dt = lanes.of_step(now.decay_dt, j)[:, None]
+            decays.append([lanes.exp2(dt * place.a[s]) for s in sets])
+            carried.append([decays[j][s] * h[s] for s in sets])
+            for s in sets:
+                h[s] = carried[j][s] + lanes.outer(u, b[s], j)
+                y = lanes.over_states(y, h[s], c[s], j)
+                sums[s] = lanes.over_channels(sums[s], h[s], dyg_across, j)
+        if "z_BLE" in elements:
+            out = lanes.fma(place.d, now.x, lanes.elements(y))
+            slope = sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z))
+            place.put("dz_BLE", group, dy * out * slope)
+        dd = lanes.fma(dyg, now.x, dd)
+        dc.append([lanes.by_state(v) for v in sums])
+        kept.append((now, dyg, c_outer, b_inner, decays, carried))
+
+    db: list[Any] = [None] * len(groups)
+    decay_after = None
+    ones = (jnp.ones((lanes.width, 4), jnp.float32),)
+    for i in reversed(range(len(groups))):
+        now, dyg, c, b, decays, carried = kept[i]
+        dyg_parts, u_across = lanes.split(lanes.rounded(dyg)), lanes.across(now.u)
+        du = ddt = zero_4
+        sums = [(zero_4, zero_4) for _ in sets]
+        for j in reversed(range(STEPS)):
+            dt = lanes.of_step(now.decay_dt, j)[:, None]
+            for s in sets:
+                own = lanes.outer(dyg_parts, c[s], j)
+                if decay_after is None:
+                    state[s] = state[s] + own
+                else:
+                    state[s] = lanes.fma(decay_after[s], state[s], own)
+                du = lanes.over_states(du, state[s], b[s], j)
+                p = state[s] * carried[j][s]
+                ddt = lanes.over_states(ddt, p * place.a[s], ones, j)
+                da[s] = lanes.fma(dt, p, da[s])
+                sums[s] = lanes.over_channels(sums[s], state[s], u_across, j)
+            decay_after = decays[j]
+        du, ddt = lanes.elements(du), lanes.elements(ddt)
+        ddt = lanes.fma(du, now.x, ddt * LN_2) * lanes.sigmoid(now.raw)
+        dbias = dbias + ddt
+        place.put("dx_BLE", groups[i], lanes.fma(du, now.dt, place.d * dyg))
+        place.put("ddt_BLE", groups[i], ddt)
+        db[i] = [lanes.by_state(v) for v in sums]
+    assert decay_after is not None
+    state = [decay * v for decay, v in zip(decay_after, state, strict=True)]
+    for i, group in enumerate(groups):
+        for s in sets:
+            place.store_sums(zipped(*db[i][s], *dc[i][s]), group, s)
+    return state, da, dd, dbias

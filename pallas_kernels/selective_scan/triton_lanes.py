@@ -1,0 +1,278 @@
+"""Where the values of a selective scan lie in the lanes of a GPU's warps, and what lanes exchange.
+
+A warp covers 8 channels and advances them by 4 steps at a time; a program of W warps works on
+vectors of T = 32 W values, value i in lane i % 32 of warp i // 32. Lane l = 4 channel + quad:
+
+    elements   [T]      channel l >> 2 at step l & 3: inputs and outputs, one element a lane, so
+                        that softplus and gate are computed once per element
+    states     [T, 4]   channel l >> 2, states 4 (l & 3) to 4 (l & 3) + 3 of a set of 16
+
+This is the layout of accumulators of the tensor cores' product of 16 x 8 by 8 x 8 values
+(PTX ISA 8.8, section 9.7.14.5, mma.m16n8k8 with tf32; rows r and r + 8 of the hardware are one
+channel here). With it three things need neither shuffles nor loads of one value into many lanes:
+
+    outer           u_et b_tn of one step t, a tile of states: of rank one, other steps masked
+    over_states     sum_n h_etn c_tn, four steps of which are a vector of elements
+    over_channels   sum_e h_etn v_et over a warp's channels, for the gradients of b and c
+
+The products cut their factors to tf32 (11 bits) where the inputs are bfloat16 (8 bits); with
+`exact` every factor is split into two such parts, and three products give what float32 would.
+
+Special functions are written as PTX in their approximate forms (ex2, lg2, rcp: relative error
+2^-22 or less, denormals flushed), because the library's are several times longer, and so are
+fused multiply-adds, because XLA contracts nothing by itself. Interpreted on a CPU, every
+operation has its meaning in jax.numpy.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2)
+CHANNELS, STEPS, STATES = 8, 4, 16
+
+_MMA = "mma.sync.aligned.m16n8k{k}.row.col.f32.tf32.tf32.f32 "
+# What a step size must be for a decay to leave nothing.
+RESET_DT = 3e38
+
+# A factor of a product: itself, or its leading bits and the rest.
+Parts = tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The layout of a program of `warps` warps, and its arithmetic."""
+
+    warps: int
+    exact: bool
+    interpret: bool
+
+    @property
+    def width(self) -> int:
+        """T, values of a vector."""
+        return 32 * self.warps
+
+    def lane(self) -> Array:
+        """[T], 0 to 31."""
+        return jnp.arange(self.width) & 31
+
+    def channel(self) -> Array:
+        """[T], the lane's channel among the program's 8 W."""
+        return jnp.arange(self.width) >> 2
+
+    def step(self) -> Array:
+        """[T], the lane's step of four, for elements."""
+        return self.lane() & 3
+
+    def states(self) -> Array:
+        """[T, 4], the lane's states of 16."""
+        return (4 * self.step())[:, None] + lax.broadcasted_iota(jnp.int32, (self.width, 4), 1)
+
+    def _ptx(self, code: str, constraints: str, *args: Array, pack: int = 1) -> Array:
+        shape = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
+        return plgpu.elementwise_inline_asm(
+            code, args=args, constraints=constraints, pack=pack, result_shape_dtypes=[shape]
+        )[0]
+
+    def fma(self, a: Array, b: Array, c: Array) -> Array:
+        """a b + c, rounded once."""
+        if self.interpret:
+            return a * b + c
+        return self._ptx("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
+
+    def exp2(self, v: Array) -> Array:
+        if self.interpret:
+            return jnp.exp2(v)
+        return self._ptx("ex2.approx.ftz.f32 $0, $1;", "=f,f", v)
+
+    def sigmoid(self, v: Array) -> Array:
+        if self.interpret:
+            return jax.nn.sigmoid(v)
+        return self._ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", 1 + self.exp2(v * -LOG2_E))
+
+    def softplus(self, v: Array) -> Array:
+        """log(1 + exp(v)); exactly 0 far below 0, and relatively exact on the way there."""
+        e = self.exp2(jnp.abs(v) * -LOG2_E)
+        if self.interpret:
+            return jnp.maximum(v, 0) + jnp.log1p(e)
+        large = self._ptx("lg2.approx.ftz.f32 $0, $1;", "=f,f", 1 + e) * LN_2
+        # log(1 + e) loses what 1 + e rounds away: below 1/32 its series, to 2^-25.
+        small = self.fma(e, jnp.full_like(e, -1 / 4), jnp.full_like(e, 1 / 3))
+        small = self.fma(-e, small, jnp.full_like(e, 1 / 2))
+        small = e * self.fma(-e, small, jnp.ones_like(e))
+        return jnp.maximum(v, 0) + jnp.where(e < 1 / 32, small, large)
+
+    def of_step(self, v: Array, step: int) -> Array:
+        """[T] elements to [T]: in every lane its channel's element of one step."""
+        if self.interpret:
+            v_C4 = v.reshape(-1, 4)
+            return jnp.broadcast_to(v_C4[:, step : step + 1], v_C4.shape).reshape(-1)
+        return self._ptx(f"shfl.sync.idx.b32 $0, $1, {step}, 0x1c1f, 0xffffffff;", "=f,f", v)
+
+    def rounded(self, v: Array) -> Array:
+        """Half a unit of tf32 more, so that a product which cuts v rounds it."""
+        if self.exact or self.interpret:
+            return v
+        return _bits(_bits(v, jnp.int32) + 2**12, jnp.float32)
+
+    def split(self, v: Array) -> Parts:
+        """What products take for v: with `exact` two parts, each within tf32."""
+        if not self.exact:
+            return (v,)
+        leading = _bits(_bits(v, jnp.int32) & -(2**13), jnp.float32)
+        return leading, v - leading
+
+    def outer(self, u: Parts, b: Parts, step: int) -> Array:
+        """[T, 4]: u of one step, elements, times b of the step, as `arrange_outer` puts it."""
+        zero = jnp.zeros((self.width,), jnp.float32)
+        rows = [_chosen(v, self.step() == step) for v in u]
+        return self._products(
+            jnp.zeros((self.width, 4), jnp.float32), [zipped(v, zero, zero, v) for v in rows], b
+        )
+
+    def over_states(self, total: Array, h: Array, c: Parts, step: int) -> Array:
+        """Adds to `total`, [T, 4], the sums of h c over states, c as `arrange_inner` puts it.
+
+        After four steps, `elements(total)` has the sums of all sets of states added to it."""
+        columns = [_chosen(v, self._tile(self.lane() >> 3) == step) for v in c]
+        return self._products(total, self.split(h), columns)
+
+    def elements(self, total: Array) -> Array:
+        """[T], elements, of what `over_states` has added up."""
+        first, _, _, last = unzipped(total)
+        return first + last
+
+    def over_channels(self, totals: Parts, h: Array, v: Parts, step: int) -> Parts:
+        """Adds to both [T, 4] of `totals` the sums of h v over the warp's channels.
+
+        v is made by `across`. After four steps, `by_state(totals)` has the sums."""
+        register = self._register()
+        identity = self._tile(self.lane() >> 2) == self._tile(self.step()) + 4 * (register >> 1)
+        low = jnp.where(identity & (register & 1 == 0), 1.0, 0.0)
+        high = jnp.where(identity & (register & 1 == 1), 1.0, 0.0)
+        h0, h1, h2, h3 = unzipped(h)
+        # Transposed: rows are states, a lane has two channels of two states.
+        turned = jnp.zeros_like(h)
+        for part in self.split(zipped(h0, h1, h0, h1)):
+            turned = self._product(turned, low, part)
+        for part in self.split(zipped(h2, h3, h2, h3)):
+            turned = self._product(turned, high, part)
+        t0, t1, t2, t3 = unzipped(turned)
+        columns = [self._tile(_chosen(w, self.lane() >> 3 == step)) for w in v]
+        first = self._products(totals[0], self.split(zipped(t0, t1, t0, t1)), columns, k=4)
+        second = self._products(totals[1], self.split(zipped(t2, t3, t2, t3)), columns, k=4)
+        return first, second
+
+    def across(self, v: Array) -> Parts:
+        """Elements in the order that `over_channels` takes: lane 8 step + 4 i + k has channel
+        2 k + i."""
+        lane = self.lane()
+        source = 4 * (2 * (lane & 3) + (lane >> 2 & 1)) + (lane >> 3)
+        if self.interpret:
+            moved = jnp.take_along_axis(v.reshape(-1, 32), source.reshape(-1, 32), axis=1)
+            return self.split(moved.reshape(-1))
+        code = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
+        return self.split(self._ptx(code, "=f,f,r", v, source))
+
+    def by_state(self, totals: Parts) -> tuple[Array, Array]:
+        """[T] twice: lane 4 i + step has the sums of states s and s + 2 of `sum_state`."""
+        return self.elements(totals[0]), self.elements(totals[1])
+
+    def _register(self) -> Array:
+        return lax.broadcasted_iota(jnp.int32, (self.width, 4), 1)
+
+    def _tile(self, v: Array) -> Array:
+        return jnp.broadcast_to(v[:, None], (self.width, 4))
+
+    def _products(
+        self, total: Array, rows: Sequence[Array], columns: Sequence[Array], k: int = 8
+    ) -> Array:
+        """Of all parts but of two rests, which is below the last bit."""
+        for i, row_part in enumerate(rows):
+            for j, column_part in enumerate(columns):
+                if i + j < 2:
+                    total = self._product(total, row_part, column_part, k=k)
+        return total
+
+    def _product(self, total: Array, rows: Array, columns: Array, *, k: int = 8) -> Array:
+        """total + rows columns on the tensor cores, for every warp; all three are [T, 4].
+
+        rows: 16 x k. Register r of lane 4 i + j is at row i + 8 (r & 1), column j + 4 (r >> 1).
+        columns: k x 8. Register r of lane 4 i + j is at row j + 4 r, column i.
+        total: 16 x 8. Register r of lane 4 i + j is at row i + 8 (r >> 1), column 2 j + (r & 1).
+        The first k / 2 registers of `rows` and k / 4 of `columns` count.
+        """
+        if self.interpret:
+            a = jnp.concatenate(
+                [
+                    jnp.concatenate(
+                        [rows[:, r + i].reshape(-1, 8, 4) for r in range(0, k // 2, 2)], 2
+                    )
+                    for i in range(2)
+                ],
+                axis=1,
+            )
+            b = jnp.concatenate([columns[:, r].reshape(-1, 8, 4) for r in range(k // 4)], axis=2)
+            d = jnp.einsum("wik,wjk->wij", a, b, precision="highest").reshape(-1, 2, 8, 4, 2)
+            return total + d.transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+        a = ",".join(f"${8 + r}" for r in range(k // 2))
+        b = ",".join(f"${12 + r}" for r in range(k // 4))
+        return self._ptx(
+            _MMA.format(k=k) + f"{{$0,$1,$2,$3}}, {{{a}}}, {{{b}}}, {{$4,$5,$6,$7}};",
+            "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r,r,r",
+            total,
+            _bits(rows, jnp.int32),
+            _bits(columns, jnp.int32),
+            pack=4,
+        )
+
+
+def _bits(v: Array, dtype: Any) -> Array:
+    return lax.bitcast_convert_type(v, dtype)
+
+
+def _chosen(v: Array, mask: Array) -> Array:
+    """v where mask, else 0."""
+    return jnp.where(mask, v, 0.0)
+
+
+def unzipped(tile: Array) -> tuple[Array, Array, Array, Array]:
+    """The columns of [T, 4]. In registers: nothing moves."""
+    even, odd = jnp.unstack(tile.reshape(-1, 2, 2), axis=-1)
+    (v0, v2), (v1, v3) = jnp.unstack(even, axis=-1), jnp.unstack(odd, axis=-1)
+    return v0, v1, v2, v3
+
+
+def zipped(v0: Array, v1: Array, v2: Array, v3: Array) -> Array:
+    """[T, 4] of columns."""
+    even, odd = jnp.stack([v0, v2], axis=-1), jnp.stack([v1, v3], axis=-1)
+    return jnp.stack([even, odd], axis=-1).reshape(-1, 4)
+
+
+def sum_state(lane: Array) -> Array:
+    """The first state of 16 whose sum `Lanes.by_state` leaves in a lane."""
+    return 4 * (lane >> 2 & 3) + (lane >> 4)
+
+
+def arrange_outer(b_BLN: Array) -> Array:
+    """[B, L / 4, N / 16, 32, 2] of [B, L, N]: lane 4 (2 m + i) + step has states 4 m + i (+ 2)."""
+    b = _in_fours(b_BLN)  # B, L / 4, step, N / 16, m, half, i
+    return b.transpose(0, 1, 3, 4, 6, 2, 5).reshape(*b.shape[:2], b.shape[3], 32, 2)
+
+
+def arrange_inner(c_BLN: Array) -> Array:
+    """The same shape: lane 8 step + 4 i + m has states 4 m + i (+ 2)."""
+    c = _in_fours(c_BLN)
+    return c.transpose(0, 1, 3, 2, 6, 4, 5).reshape(*c.shape[:2], c.shape[3], 32, 2)
+
+
+def _in_fours(v_BLN: Array) -> Array:
+    B, L, N = v_BLN.shape
+    return v_BLN.astype(jnp.float32).reshape(B, L // STEPS, STEPS, N // STATES, 4, 2, 2)
