@@ -112,11 +112,16 @@ class Place:
     def load_kept(self, trip: Array) -> list[Array]:
         return [plgpu.load(at) for at in self._kept(trip)]
 
-    def store_sums(self, tile: Array, group: Array, s: int) -> None:
-        """The program's share of the gradients of b and c: [T, 4], summed over its warps."""
-        total = tile.reshape(self.plan.lanes.warps, 32, 4).sum(axis=0)
-        lane, four = (lax.broadcasted_iota(jnp.int32, (32, 4), axis) for axis in (0, 1))
-        plgpu.store(self.ref["dbc"].at[self.block, self.row, group, s, lane, four], total)
+    def store_sums(self, tiles: list[Array], group: Array, s: int) -> None:
+        """The program's share of the gradients of b and c, in successive groups: [T, 4] each,
+        summed over its warps."""
+        warps, count = self.plan.lanes.warps, len(tiles)
+        while len(tiles) > 1:
+            pairs = zip(tiles[: len(tiles) // 2], tiles[len(tiles) // 2 :], strict=True)
+            tiles = [jnp.stack(pair, axis=-1) for pair in pairs]
+        total = tiles[0].reshape(warps, 32, 4, count).sum(axis=0)
+        lane, four, later = (lax.broadcasted_iota(jnp.int32, total.shape, i) for i in range(3))
+        plgpu.store(self.ref["dbc"].at[self.block, self.row, group + later, s, lane, four], total)
 
 
 def in_trips(
@@ -178,6 +183,7 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     """Outputs y_BLE, h_BEN and, with chunks, the states before each, starts_BCEN."""
     ref = dict(zip(names, refs, strict=True))
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
+    zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
     inputs = tuple(n for n in ("x_BLE", "dt_BLE", "z_BLE") if n in ref)
 
     def fetch(trip: Array) -> Any:
@@ -196,13 +202,13 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
         for i, (elements, bc) in enumerate(loaded):
             now = prepare(place, elements)
             b, c = halves(lanes, bc)
-            u = lanes.split(lanes.rounded(now.u))
-            y = jnp.zeros((lanes.width, 4), jnp.float32)
+            u = lanes.rows_of(now.u)
+            y = zero_4
             for j in range(STEPS):
                 dt = lanes.of_step(now.decay_dt, j)[:, None]
                 for s in sets:
                     decay = lanes.exp2(dt * place.a[s])
-                    h[s] = lanes.fma(decay, h[s], lanes.outer(u, b[s], j))
+                    h[s] = lanes.fma(decay, h[s], lanes.outer(zero_4, u, b[s], j))
                     y = lanes.over_states(y, h[s], c[s], j)
             out = lanes.fma(place.d, now.x, lanes.elements(y))
             if "z_BLE" in elements:
@@ -254,12 +260,12 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
             place.store_kept(h, trip)
             for elements, bc in loaded:
                 now, (b, _) = prepare(place, elements), halves(lanes, bc)
-                u = lanes.split(lanes.rounded(now.u))
+                u = lanes.rows_of(now.u)
                 for j in range(STEPS):
                     dt = lanes.of_step(now.decay_dt, j)[:, None]
                     for s in sets:
                         decay = lanes.exp2(dt * place.a[s])
-                        h[s] = lanes.fma(decay, h[s], lanes.outer(u, b[s], j))
+                        h[s] = lanes.fma(decay, h[s], lanes.outer(zero_4, u, b[s], j))
             return h
 
         h = place.load_states("starts_BCEN", chunk)
@@ -306,7 +312,7 @@ def _trip_backward(
             z = elements["z_BLE"].astype(jnp.float32)
             sigmoid = lanes.sigmoid(z)
             dyg = dy * (z * sigmoid)
-        u, dyg_across = lanes.split(lanes.rounded(now.u)), lanes.across(dyg)
+        u, dyg_across = lanes.rows_of(now.u), lanes.across(dyg)
         y, decays, carried = zero_4, [], []
         sums = [(zero_4, zero_4) for _ in sets]
         for j in range(STEPS):
@@ -314,7 +320,7 @@ def _trip_backward(
             decays.append([lanes.exp2(dt * place.a[s]) for s in sets])
             carried.append([decays[j][s] * h[s] for s in sets])
             for s in sets:
-                h[s] = carried[j][s] + lanes.outer(u, b[s], j)
+                h[s] = lanes.outer(carried[j][s], u, b[s], j)
                 y = lanes.over_states(y, h[s], c[s], j)
                 sums[s] = lanes.over_channels(sums[s], h[s], dyg_across, j)
         if "z_BLE" in elements:
@@ -330,16 +336,16 @@ def _trip_backward(
     ones = (jnp.ones((lanes.width, 4), jnp.float32),)
     for i in reversed(range(len(groups))):
         now, dyg, c, b, decays, carried = kept[i]
-        dyg_parts, u_across = lanes.split(lanes.rounded(dyg)), lanes.across(now.u)
+        dyg_rows, u_across = lanes.rows_of(dyg), lanes.across(now.u)
         du = ddt = zero_4
         sums = [(zero_4, zero_4) for _ in sets]
         for j in reversed(range(STEPS)):
             dt = lanes.of_step(now.decay_dt, j)[:, None]
             for s in sets:
-                own = lanes.outer(dyg_parts, c[s], j)
                 if decay_after is None:
-                    state[s] = state[s] + own
+                    state[s] = lanes.outer(state[s], dyg_rows, c[s], j)
                 else:
+                    own = lanes.outer(zero_4, dyg_rows, c[s], j)
                     state[s] = lanes.fma(decay_after[s], state[s], own)
                 du = lanes.over_states(du, state[s], b[s], j)
                 p = state[s] * carried[j][s]
@@ -355,7 +361,6 @@ def _trip_backward(
         db[i] = [lanes.by_state(v) for v in sums]
     assert decay_after is not None
     state = [decay * v for decay, v in zip(decay_after, state, strict=True)]
-    for i, group in enumerate(groups):
-        for s in sets:
-            place.store_sums(zipped(*db[i][s], *dc[i][s]), group, s)
+    for s in sets:
+        place.store_sums([zipped(*b[s], *c[s]) for b, c in zip(db, dc, strict=True)], groups[0], s)
     return state, da, dd, dbias

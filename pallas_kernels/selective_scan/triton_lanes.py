@@ -85,6 +85,7 @@ class Lanes:
         """a b + c, rounded once."""
         if self.interpret:
             return a * b + c
+        a, b, c = jnp.broadcast_arrays(a, b, c)
         return self._ptx("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
 
     def exp2(self, v: Array) -> Array:
@@ -129,13 +130,15 @@ class Lanes:
         leading = _bits(_bits(v, jnp.int32) & -(2**13), jnp.float32)
         return leading, v - leading
 
-    def outer(self, u: Parts, b: Parts, step: int) -> Array:
-        """[T, 4]: u of one step, elements, times b of the step, as `arrange_outer` puts it."""
-        zero = jnp.zeros((self.width,), jnp.float32)
-        rows = [_chosen(v, self.step() == step) for v in u]
-        return self._products(
-            jnp.zeros((self.width, 4), jnp.float32), [zipped(v, zero, zero, v) for v in rows], b
-        )
+    def rows_of(self, u: Array) -> Parts:
+        """[T, 4]: elements as `outer` takes them."""
+        zero = jnp.zeros_like(u)
+        return tuple(zipped(v, zero, zero, v) for v in self.split(self.rounded(u)))
+
+    def outer(self, total: Array, u: Parts, b: Parts, step: int) -> Array:
+        """total + u b of one step, [T, 4]; u made by `rows_of`, b as `arrange_outer` puts it."""
+        columns = [_chosen(v, self._tile(self.step()) == step) for v in b]
+        return self._products(total, u, columns)
 
     def over_states(self, total: Array, h: Array, c: Parts, step: int) -> Array:
         """Adds to `total`, [T, 4], the sums of h c over states, c as `arrange_inner` puts it.
@@ -155,20 +158,17 @@ class Lanes:
         v is made by `across`. After four steps, `by_state(totals)` has the sums."""
         register = self._register()
         identity = self._tile(self.lane() >> 2) == self._tile(self.step()) + 4 * (register >> 1)
-        low = jnp.where(identity & (register & 1 == 0), 1.0, 0.0)
-        high = jnp.where(identity & (register & 1 == 1), 1.0, 0.0)
+        identity = jnp.where(identity & (register & 1 == 0), 1.0, 0.0)
         h0, h1, h2, h3 = unzipped(h)
-        # Transposed: rows are states, a lane has two channels of two states.
-        turned = jnp.zeros_like(h)
-        for part in self.split(zipped(h0, h1, h0, h1)):
-            turned = self._product(turned, low, part)
-        for part in self.split(zipped(h2, h3, h2, h3)):
-            turned = self._product(turned, high, part)
-        t0, t1, t2, t3 = unzipped(turned)
         columns = [self._tile(_chosen(w, self.lane() >> 3 == step)) for w in v]
-        first = self._products(totals[0], self.split(zipped(t0, t1, t0, t1)), columns, k=4)
-        second = self._products(totals[1], self.split(zipped(t2, t3, t2, t3)), columns, k=4)
-        return first, second
+
+        def added(total: Array, pair: Array) -> Array:
+            # Transposed: a lane has two channels of one state.
+            turned = self._products(jnp.zeros_like(h), (identity,), self.split(pair))
+            return self._products(total, self.split(turned), columns, k=4)
+
+        first = added(totals[0], zipped(h0, h1, h0, h1))
+        return first, added(totals[1], zipped(h2, h3, h2, h3))
 
     def across(self, v: Array) -> Parts:
         """Elements in the order that `over_channels` takes: lane 8 step + 4 i + k has channel
