@@ -36,6 +36,13 @@ from pallas_kernels.selective_scan.triton_lanes import (
 
 Refs = Mapping[str, Any]
 
+# The bits of a NaN, in float32 and in bfloat16.
+UNLIKELY = 0x7FC10000
+# What drives the states.
+_DRIVE = ("x_BLE", "dt_BLE")
+# Groups of a trip in which the backward pass computes states again.
+_AGAIN = 4
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,9 +80,20 @@ class Place:
         """Of a group of 4 steps: [T] of each [B, L, E] input, the reset flags if there are any."""
         t = group * STEPS + self.step
         loaded = {n: plgpu.load(self.ref[n].at[self.row, t, self.channel]) for n in names}
-        if "reset_BL" in self.ref:
+        if "reset_BL" in self.ref and "x_BLE" in names:
             loaded["reset_BL"] = plgpu.load(self.ref["reset_BL"].at[self.row, t])
         return loaded
+
+    def touch(self, names: tuple[str, ...], groups: list[Array]) -> Array:
+        """Brings elements that are needed later into the caches.
+
+        Returns what must be kept for the loads not to be dropped: all their bits, by "and". It is
+        `UNLIKELY` only if every one of them is NaN."""
+        bits = jnp.full((self.plan.lanes.width,), -1, jnp.int32)
+        for group in groups:
+            for v in self.elements(names, group).values():
+                bits &= lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32)
+        return bits
 
     def factors(self, name: str, group: Array | int) -> list[Array]:
         """[T, 4] of each set of states: what `arrange` in `pallas_triton.py` put side by side."""
@@ -173,7 +191,7 @@ def halves(lanes: Lanes, tiles: list[Array]) -> tuple[list[Parts], list[Parts]]:
     """The two operands that `pallas_triton.arrange` put side by side, for `outer` and `inner`."""
     outer, inner = [], []
     for tile in tiles:
-        v0, v1, v2, v3 = unzipped(tile)
+        v0, v1, v2, v3 = unzipped(tile.astype(jnp.float32))
         outer.append(lanes.split(zipped(v0, v1, v0, v1)))
         inner.append(lanes.split(zipped(v2, v3, v2, v3)))
     return outer, inner
@@ -184,7 +202,7 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     ref = dict(zip(names, refs, strict=True))
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
-    inputs = tuple(n for n in ("x_BLE", "dt_BLE", "z_BLE") if n in ref)
+    inputs = _DRIVE + tuple(n for n in ("z_BLE",) if n in ref)
 
     def fetch(trip: Array) -> Any:
         groups = [trip * plan.groups + i for i in range(plan.groups)]
@@ -237,28 +255,28 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     ref = dict(zip(names, refs, strict=True))
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
     assert plan.chunk
-    per_trip = STEPS * plan.groups
-    trips = plan.chunk // per_trip
+    chunks, in_chunk = plan.L // plan.chunk, plan.chunk // STEPS
+    trips, again = in_chunk // plan.groups, min(_AGAIN, in_chunk)
     zero = jnp.zeros((lanes.width,), jnp.float32)
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
-    inputs = tuple(n for n in ("x_BLE", "dt_BLE", "z_BLE", "dy_BLE") if n in ref)
+    later = tuple(n for n in ("z_BLE", "dy_BLE") if n in ref)
 
     def chunk_backward(i: Array, carry: Any) -> Any:
-        chunk = plan.L // plan.chunk - 1 - i
+        chunk = chunks - 1 - i
 
-        def groups(trip: Array) -> list[Array]:
-            return [(chunk * trips + trip) * plan.groups + g for g in range(plan.groups)]
+        def groups_of(trip: Array, size: int) -> list[Array]:
+            return [chunk * in_chunk + trip * size + g for g in range(size)]
 
         def fetch_again(trip: Array) -> Any:
-            return [
-                (place.elements(("x_BLE", "dt_BLE"), g), place.factors("bc", g))
-                for g in groups(trip)
-            ]
+            groups = groups_of(trip, again)
+            states = [(place.elements(_DRIVE, g), place.factors("bc", g)) for g in groups]
+            return states, place.touch(later, groups)
 
-        def advance(trip: Array, loaded: Any, h: list[Array]) -> list[Array]:
-            h = list(h)
-            place.store_kept(h, trip)
-            for elements, bc in loaded:
+        def advance(trip: Array, loaded: Any, carry: Any) -> Any:
+            h, touched = list(carry[0]), carry[1] & loaded[1]
+            for g, (elements, bc) in enumerate(loaded[0]):
+                if g % plan.groups == 0:
+                    place.store_kept(h, trip * (again // plan.groups) + g // plan.groups)
                 now, (b, _) = prepare(place, elements), halves(lanes, bc)
                 u = lanes.rows_of(now.u)
                 for j in range(STEPS):
@@ -266,29 +284,32 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                     for s in sets:
                         decay = lanes.exp2(dt * place.a[s])
                         h[s] = lanes.fma(decay, h[s], lanes.outer(zero_4, u, b[s], j))
-            return h
+            return h, touched
 
-        h = place.load_states("starts_BCEN", chunk)
-        if trips > 1:
-            h = in_trips(place, trips - 1, fetch_again, advance, h)
-        place.store_kept(h, jnp.int32(trips - 1))
+        *carry, touched = carry
+        start = (place.load_states("starts_BCEN", chunk), touched)
+        _, touched = in_trips(place, in_chunk // again, fetch_again, advance, start)
+        before = jnp.maximum(chunk - 1, 0) * in_chunk
+        touched &= place.touch(_DRIVE, [before + g for g in range(again)])
 
         def fetch(i: Array) -> Any:
             trip = trips - 1 - i
             loaded = [
-                (place.elements(inputs, g), place.factors("bc", g), place.factors("cb", g))
-                for g in groups(trip)
+                (place.elements(_DRIVE + later, g), place.factors("bc", g), place.factors("cb", g))
+                for g in groups_of(trip, plan.groups)
             ]
             return loaded, place.load_kept(trip)
 
         def compute(i: Array, loaded: Any, carry: Any) -> Any:
-            return _trip_backward(place, groups(trips - 1 - i), *loaded, carry)
+            groups = groups_of(trips - 1 - i, plan.groups)
+            return _trip_backward(place, groups, *loaded, carry)
 
-        return in_trips(place, trips, fetch, compute, carry)
+        return *in_trips(place, trips, fetch, compute, tuple(carry)), touched
 
-    start = (place.load_states("dh_BEN"), [zero_4 for _ in sets], zero, zero)
-    chunks = plan.L // plan.chunk
-    dh, da, dd, dbias = lax.fori_loop(0, chunks, chunk_backward, start)
+    nothing = jnp.full((lanes.width,), -1, jnp.int32)
+    start = (place.load_states("dh_BEN"), [zero_4 for _ in sets], zero, zero, nothing)
+    dh, da, dd, dbias, touched = lax.fori_loop(0, chunks, chunk_backward, start)
+    dd = jnp.where(touched == UNLIKELY, jnp.nan, dd)
     place.store_states("dh0_BEN", dh)
     place.store_states("da_BEN", da)
     for name, value in (("dd_BE4", dd), ("ddt_bias_BE4", dbias)):

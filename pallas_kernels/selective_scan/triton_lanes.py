@@ -275,4 +275,4 @@ def arrange_inner(c_BLN: Array) -> Array:
 
 def _in_fours(v_BLN: Array) -> Array:
     B, L, N = v_BLN.shape
-    return v_BLN.astype(jnp.float32).reshape(B, L // STEPS, STEPS, N // STATES, 4, 2, 2)
+    return v_BLN.reshape(B, L // STEPS, STEPS, N // STATES, 4, 2, 2)
