@@ -3,18 +3,20 @@
 Every program advances 8 W channels of one row of the batch from one end of L to the other, in the
 layout of `triton_lanes.py`. Time is cut into groups of 4 steps and trips of several groups.
 
-Loads of the next trip are issued before the present one is computed. Compilers undo that: they
-move loads down to where their values are used, or compute first what was written last, and then
-every trip waits for memory (a third to a half of the time, seen in stall samples of the H100).
-So each trip stands in a branch that is always taken but not known to be: its condition has a
-factor that is loaded from memory. And the loop runs two trips per turn, so that no value is moved
-from one register to another before it has arrived.
+Loads of the next trip are issued before the present one is computed. Left alone, compilers undo
+that, and every trip waits for memory, a third to a half of its time (stall samples of the H100):
+they move loads down to where their values are used, or compute first what was written after the
+loads. So `in_trips` puts each trip into a branch that is always taken but not known to be: its
+condition has a factor that is loaded from memory. What was loaded is turned into float32 at the
+end of the branch, not at the start of the next one, because a wait for one load may be a wait for
+those just issued as well: a warp has six counters for all its outstanding operations.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -84,15 +86,13 @@ class Place:
             loaded["reset_BL"] = plgpu.load(self.ref["reset_BL"].at[self.row, t])
         return loaded
 
-    def touch(self, names: tuple[str, ...], groups: list[Array]) -> Array:
-        """Brings elements that are needed later into the caches.
+    def bits(self, values: Any) -> Array:
+        """All bits of elements that were read only to bring them into the caches, by "and".
 
-        Returns what must be kept for the loads not to be dropped: all their bits, by "and". It is
-        `UNLIKELY` only if every one of them is NaN."""
+        The loads are not dropped if the result is used; it is `UNLIKELY` only if all are NaN."""
         bits = jnp.full((self.plan.lanes.width,), -1, jnp.int32)
-        for group in groups:
-            for v in self.elements(names, group).values():
-                bits &= lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32)
+        for v in jax.tree.leaves(values):
+            bits &= lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32)
         return bits
 
     def factors(self, name: str, group: Array | int) -> list[Array]:
@@ -149,22 +149,28 @@ def in_trips(
     compute: Callable[[Array, Any, Any], Any],
     carry: Any,
 ) -> Any:
-    """carry after compute(trip, fetch(trip), carry) for every trip, loads one trip ahead."""
+    """carry after compute(trip, fetch(trip), carry) for every trip, loads one trip ahead.
 
-    def run(trip: Array, loaded: Any, carry: Any) -> Any:
-        taken = trip < trips * place.one
-        return lax.cond(taken, lambda c: compute(trip, loaded, c), lambda c: c, carry)
+    `compute` gets everything in float32."""
 
-    def turn(i: Array, state: Any) -> Any:
-        carry, now = state
-        after = fetch(jnp.minimum(2 * i + 1, trips - 1))
-        carry = run(2 * i, now, carry)
-        now = fetch(jnp.minimum(2 * i + 2, trips - 1))
-        return run(2 * i + 1, after, carry), now
+    def arrived(loaded: Any) -> Any:
+        return jax.tree.map(lambda v: v.astype(jnp.float32), loaded)
 
+    def turn(trip: Array, state: Any) -> Any:
+        carry, ready = state
+        loaded = fetch(jnp.minimum(trip + 1, trips - 1))
+        return lax.cond(
+            trip < trips * place.one,
+            lambda carry, ready: (compute(trip, ready, carry), arrived(loaded)),
+            lambda carry, ready: (carry, ready),
+            carry,
+            ready,
+        )
+
+    first = arrived(fetch(jnp.int32(0)))
     if trips == 1:
-        return compute(jnp.int32(0), fetch(jnp.int32(0)), carry)
-    return lax.fori_loop(0, (trips + 1) // 2, turn, (carry, fetch(jnp.int32(0))))[0]
+        return compute(jnp.int32(0), first, carry)
+    return lax.fori_loop(0, trips, turn, (carry, first))[0]
 
 
 class Prepared(NamedTuple):
@@ -178,8 +184,8 @@ class Prepared(NamedTuple):
 
 
 def prepare(place: Place, loaded: Mapping[str, Array]) -> Prepared:
-    x = loaded["x_BLE"].astype(jnp.float32)
-    raw = loaded["dt_BLE"].astype(jnp.float32) + place.dt_bias
+    x = loaded["x_BLE"]
+    raw = loaded["dt_BLE"] + place.dt_bias
     dt = place.plan.lanes.softplus(raw)
     decay_dt = dt
     if "reset_BL" in loaded:
@@ -191,7 +197,7 @@ def halves(lanes: Lanes, tiles: list[Array]) -> tuple[list[Parts], list[Parts]]:
     """The two operands that `pallas_triton.arrange` put side by side, for `outer` and `inner`."""
     outer, inner = [], []
     for tile in tiles:
-        v0, v1, v2, v3 = unzipped(tile.astype(jnp.float32))
+        v0, v1, v2, v3 = unzipped(tile)
         outer.append(lanes.split(zipped(v0, v1, v0, v1)))
         inner.append(lanes.split(zipped(v2, v3, v2, v3)))
     return outer, inner
@@ -230,7 +236,7 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                     y = lanes.over_states(y, h[s], c[s], j)
             out = lanes.fma(place.d, now.x, lanes.elements(y))
             if "z_BLE" in elements:
-                z = elements["z_BLE"].astype(jnp.float32)
+                z = elements["z_BLE"]
                 out = out * (z * lanes.sigmoid(z))
             place.put("y_BLE", trip * plan.groups + i, out)
         return h
@@ -270,10 +276,10 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
         def fetch_again(trip: Array) -> Any:
             groups = groups_of(trip, again)
             states = [(place.elements(_DRIVE, g), place.factors("bc", g)) for g in groups]
-            return states, place.touch(later, groups)
+            return states, [place.elements(later, g) for g in groups]
 
         def advance(trip: Array, loaded: Any, carry: Any) -> Any:
-            h, touched = list(carry[0]), carry[1] & loaded[1]
+            h, touched = list(carry[0]), carry[1] & place.bits(loaded[1])
             for g, (elements, bc) in enumerate(loaded[0]):
                 if g % plan.groups == 0:
                     place.store_kept(h, trip * (again // plan.groups) + g // plan.groups)
@@ -290,7 +296,7 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
         start = (place.load_states("starts_BCEN", chunk), touched)
         _, touched = in_trips(place, in_chunk // again, fetch_again, advance, start)
         before = jnp.maximum(chunk - 1, 0) * in_chunk
-        touched &= place.touch(_DRIVE, [before + g for g in range(again)])
+        ahead = [place.elements(_DRIVE, before + g) for g in range(again)]
 
         def fetch(i: Array) -> Any:
             trip = trips - 1 - i
@@ -304,7 +310,8 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
             groups = groups_of(trips - 1 - i, plan.groups)
             return _trip_backward(place, groups, *loaded, carry)
 
-        return *in_trips(place, trips, fetch, compute, tuple(carry)), touched
+        carry = in_trips(place, trips, fetch, compute, tuple(carry))
+        return *carry, touched & place.bits(ahead)
 
     nothing = jnp.full((lanes.width,), -1, jnp.int32)
     start = (place.load_states("dh_BEN"), [zero_4 for _ in sets], zero, zero, nothing)
@@ -328,9 +335,9 @@ def _trip_backward(
     for group, (elements, bc, cb) in zip(groups, loaded, strict=True):
         now = prepare(place, elements)
         (b, c), (c_outer, b_inner) = halves(lanes, bc), halves(lanes, cb)
-        dy = dyg = elements["dy_BLE"].astype(jnp.float32)
+        dy = dyg = elements["dy_BLE"]
         if "z_BLE" in elements:
-            z = elements["z_BLE"].astype(jnp.float32)
+            z = elements["z_BLE"]
             sigmoid = lanes.sigmoid(z)
             dyg = dy * (z * sigmoid)
         u, dyg_across = lanes.rows_of(now.u), lanes.across(dyg)
