@@ -41,14 +41,14 @@ from pallas_kernels.selective_scan.triton_lanes import (
 )
 
 OP = "selective_scan/pallas_triton"
-# Warps of a program and groups of 4 steps of a trip; forward and backward.
+# Warps of a program and groups of 4 steps of a trip, forward and backward; steps of a chunk.
 TUNABLE: Mapping[str, tuple[int, ...]] = {
     "forward_warps": (1, 2, 4, 8),
     "forward_groups": (1, 2, 4, 8),
     "backward_warps": (1, 2, 4, 8),
     "backward_groups": (1, 2, 4),
+    "chunk": (64, 128),
 }
-_CHUNK = 64
 _LARGEST_N = 64
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
@@ -61,8 +61,9 @@ def forward(
     _check(operands)
     _, L, E = operands.x_BLE.shape
     sizes = _sizes(operands, blocks)
-    warps, groups = _warps(E, sizes["forward_warps"]), _groups(L, sizes["forward_groups"])
-    chunk = _chunk(L) if for_backward else None
+    warps = _warps(E, sizes["forward_warps"])
+    groups = _filled(L, STEPS * sizes["forward_groups"]) // STEPS
+    chunk = _filled(L, sizes["chunk"]) if for_backward else None
     padded = _padded(operands, warps, chunk or STEPS * groups)
     plan = _plan(operands, padded, warps, groups, chunk, interpret)
     inputs = _inputs(padded) | {"bc": _arranged(padded.b_BLN, padded.c_BLN)}
@@ -88,7 +89,7 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     _, L, E = operands.x_BLE.shape
     N = operands.a_EN.shape[1]
     sizes = _sizes(operands, blocks)
-    warps, chunk = _warps(E, sizes["backward_warps"]), _chunk(L)
+    warps, chunk = _warps(E, sizes["backward_warps"]), _filled(L, sizes["chunk"])
     padded = _padded(operands, warps, chunk)
     groups = min(sizes["backward_groups"], chunk // STEPS)
     plan = _plan(operands, padded, warps, groups, chunk, interpret)
@@ -130,15 +131,15 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
         reset_BL=None,
         h0_BEN=out["dh0_BEN"][:, :E, :N],
     )
-    return Operands(
-        *(g if g is None else g.astype(v.dtype) for g, v in zip(gradients, operands, strict=True))
+    return jax.tree.map(
+        lambda gradient, v: gradient.astype(v.dtype), gradients, operands._replace(reset_BL=None)
     )
 
 
 def _check(operands: Operands) -> None:
     N = operands.a_EN.shape[1]
     if N > _LARGEST_N:
-        raise Unsupported(f"a_EN.shape[1]={N} must be at most {_LARGEST_N}")
+        raise Unsupported(f"{N=} states must be at most {_LARGEST_N}")
     for name, v in operands._asdict().items():
         if v is not None and name != "reset_BL" and v.dtype not in _DTYPES:
             raise Unsupported(f"{name}.dtype={v.dtype} must be float32 or bfloat16")
@@ -155,24 +156,26 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
             "forward_warps": 4,
             "forward_groups": 4,
             "backward_warps": 4,
-            "backward_groups": 2 if N <= STATES else 1,
+            "backward_groups": 1,
+            "chunk": 64,
         },
         override=blocks,
     )
     for name, size in sizes.items():
-        if size not in TUNABLE[name]:
-            raise ValueError(f"{OP}: blocks[{name!r}]={size} must be one of {TUNABLE[name]}")
+        if size & (size - 1):
+            raise ValueError(f"{OP}: blocks[{name!r}]={size} must be a power of two")
+    for name in ("forward_groups", "backward_groups"):
+        if sizes["chunk"] < STEPS * sizes[name]:
+            raise ValueError(
+                f"{OP}: blocks['chunk']={sizes['chunk']} must be at least {STEPS} times "
+                f"blocks[{name!r}]={sizes[name]}"
+            )
     return sizes
 
 
-def _chunk(L: int) -> int:
-    """Steps between saved states: 64, or the power of two that holds all of a shorter L."""
-    return min(_CHUNK, max(STEPS, 1 << (L - 1).bit_length()))
-
-
-def _groups(L: int, wanted: int) -> int:
-    """No more than L fills."""
-    return min(wanted, max(1, (1 << (L - 1).bit_length()) // STEPS))
+def _filled(L: int, steps: int) -> int:
+    """No more steps than L fills, in powers of two from one group on."""
+    return min(steps, max(STEPS, 1 << (L - 1).bit_length()))
 
 
 def _warps(E: int, wanted: int) -> int:

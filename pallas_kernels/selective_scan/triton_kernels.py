@@ -308,7 +308,7 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
 
         def compute(i: Array, loaded: Any, carry: Any) -> Any:
             groups = groups_of(trips - 1 - i, plan.groups)
-            return _trip_backward(place, groups, *loaded, carry)
+            return _trip_backward(place, groups, loaded[0], loaded[1], carry)
 
         carry = in_trips(place, trips, fetch, compute, tuple(carry))
         return *carry, touched & place.bits(ahead)
@@ -336,13 +336,15 @@ def _trip_backward(
         now = prepare(place, elements)
         (b, c), (c_outer, b_inner) = halves(lanes, bc), halves(lanes, cb)
         dy = dyg = elements["dy_BLE"]
+        through_gate = None
         if "z_BLE" in elements:
             z = elements["z_BLE"]
             sigmoid = lanes.sigmoid(z)
             dyg = dy * (z * sigmoid)
+            through_gate = dy * (sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z)))
         u, dyg_across = lanes.rows_of(now.u), lanes.across(dyg)
         y, decays, carried = zero_4, [], []
-        sums = [(zero_4, zero_4) for _ in sets]
+        sums: list[Parts] = [(zero_4, zero_4) for _ in sets]
         for j in range(STEPS):
             dt = lanes.of_step(now.decay_dt, j)[:, None]
             decays.append([lanes.exp2(dt * place.a[s]) for s in sets])
@@ -351,10 +353,9 @@ def _trip_backward(
                 h[s] = lanes.outer(carried[j][s], u, b[s], j)
                 y = lanes.over_states(y, h[s], c[s], j)
                 sums[s] = lanes.over_channels(sums[s], h[s], dyg_across, j)
-        if "z_BLE" in elements:
+        if through_gate is not None:
             out = lanes.fma(place.d, now.x, lanes.elements(y))
-            slope = sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z))
-            place.put("dz_BLE", group, dy * out * slope)
+            place.put("dz_BLE", group, through_gate * out)
         dd = lanes.fma(dyg, now.x, dd)
         dc.append([lanes.by_state(v) for v in sums])
         kept.append((now, dyg, c_outer, b_inner, decays, carried))
@@ -366,7 +367,7 @@ def _trip_backward(
         now, dyg, c, b, decays, carried = kept[i]
         dyg_rows, u_across = lanes.rows_of(dyg), lanes.across(now.u)
         du = ddt = zero_4
-        sums = [(zero_4, zero_4) for _ in sets]
+        sums: list[Parts] = [(zero_4, zero_4) for _ in sets]
         for j in reversed(range(STEPS)):
             dt = lanes.of_step(now.decay_dt, j)[:, None]
             for s in sets:

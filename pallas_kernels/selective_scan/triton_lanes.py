@@ -39,8 +39,9 @@ LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 CHANNELS, STEPS, STATES = 8, 4, 16
 
 _MMA = "mma.sync.aligned.m16n8k{k}.row.col.f32.tf32.tf32.f32 "
-# What a step size must be for a decay to leave nothing.
-RESET_DT = 3e38
+# The step size of a reset, in decays: exp2(-1e33 rate) is 0 for rates from 1e-30 on, and no product
+# with a constant overflows.
+RESET_DT = 1e33
 
 # A factor of a product: itself, or its leading bits and the rest.
 Parts = tuple[Array, ...]

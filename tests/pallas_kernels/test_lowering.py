@@ -13,9 +13,13 @@ from pallas_kernels.shapes import ATTENTION_CASES, SCAN_CASES
 PLATFORMS = ["cuda", "tpu"]
 
 
-SCANS = [("cuda", "xla"), ("tpu", "xla"), ("tpu", "pallas_tpu")]
+SCANS = [("cuda", "xla"), ("cuda", "pallas_triton"), ("tpu", "xla"), ("tpu", "pallas_tpu")]
 # What shows that a kernel was lowered and not its interpreter.
-MARKS = {"xla": "stablehlo", "pallas_tpu": "tpu_custom_call"}
+MARKS = {
+    "xla": "stablehlo",
+    "pallas_triton": "__gpu$xla.gpu.triton",
+    "pallas_tpu": "tpu_custom_call",
+}
 DEVICES = {
     "cuda": AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu"),
     "tpu": AbstractDevice("TPU v5 lite", None, platform="tpu"),
