@@ -33,6 +33,7 @@ from pallas_kernels.selective_scan.operands import NEUTRAL_DT, Operands, ScanOut
 from pallas_kernels.selective_scan.triton_kernels import Plan, backward_kernel, forward_kernel
 from pallas_kernels.selective_scan.triton_lanes import (
     CHANNELS,
+    LEAST_RATE,
     STATES,
     STEPS,
     Lanes,
@@ -199,10 +200,13 @@ def _padded(o: Operands, warps: int, unit: int) -> Operands:
     steps, channels = _up(o.x_BLE.shape[1], unit), _up(o.x_BLE.shape[2], CHANNELS * warps)
     states = STATES * (1 << (_up(o.a_EN.shape[1], STATES) // STATES - 1).bit_length())
     f32 = jnp.float32
+    a_EN = o.a_EN.astype(f32)
+    if o.reset_BL is not None:  # a rate of 0 would outlive a reset
+        a_EN = jnp.where(jnp.abs(a_EN) < LEAST_RATE, -LEAST_RATE, a_EN)
     return Operands(
         x_BLE=_pad(o.x_BLE, {1: steps, 2: channels}),
         dt_BLE=_pad(o.dt_BLE, {1: steps, 2: channels}, NEUTRAL_DT),
-        a_EN=_pad(o.a_EN.astype(f32), {0: channels, 1: states}),
+        a_EN=_pad(a_EN, {0: channels, 1: states}),
         b_BLN=_pad(o.b_BLN, {1: steps, 2: states}),
         c_BLN=_pad(o.c_BLN, {1: steps, 2: states}),
         d_E=_pad(o.d_E.astype(f32), {0: channels}),

@@ -78,7 +78,7 @@ class Place:
         # 1, which the compiler does not know: see the module's docstring.
         self.one = plgpu.load(ref["one"].at[self.row * 0])
 
-    def elements(self, names: tuple[str, ...], group: Array | int) -> dict[str, Array]:
+    def elements(self, names: tuple[str, ...], group: Array) -> dict[str, Array]:
         """Of a group of 4 steps: [T] of each [B, L, E] input, the reset flags if there are any."""
         t = group * STEPS + self.step
         loaded = {n: plgpu.load(self.ref[n].at[self.row, t, self.channel]) for n in names}
@@ -95,8 +95,8 @@ class Place:
             bits &= lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32)
         return bits
 
-    def factors(self, name: str, group: Array | int) -> list[Array]:
-        """[T, 4] of each set of states: what `arrange` in `pallas_triton.py` put side by side."""
+    def factors(self, name: str, group: Array) -> list[Array]:
+        """[T, 4] of each set of states: what `arranged` in `pallas_triton.py` put side by side."""
         ref, sets = self.ref[name], range(self.plan.sets)
         return [plgpu.load(ref.at[self.row, group, s, self.lanes_4, self.four]) for s in sets]
 
@@ -162,7 +162,8 @@ def in_trips(
         return lax.cond(
             trip < trips * place.one,
             lambda carry, ready: (compute(trip, ready, carry), arrived(loaded)),
-            lambda carry, ready: (carry, ready),
+            # Never taken. Its use of what was loaded keeps the loads before the branch.
+            lambda carry, ready: (carry, jax.tree.map(jnp.negative, arrived(loaded))),
             carry,
             ready,
         )
@@ -226,13 +227,13 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
         for i, (elements, bc) in enumerate(loaded):
             now = prepare(place, elements)
             b, c = halves(lanes, bc)
-            u = lanes.rows_of(now.u)
+            u = lanes.split(lanes.rounded(now.u))
             y = zero_4
             for j in range(STEPS):
                 dt = lanes.of_step(now.decay_dt, j)[:, None]
                 for s in sets:
                     decay = lanes.exp2(dt * place.a[s])
-                    h[s] = lanes.fma(decay, h[s], lanes.outer(zero_4, u, b[s], j))
+                    h[s] = lanes.fma(decay, h[s], lanes.outer(u, b[s], j))
                     y = lanes.over_states(y, h[s], c[s], j)
             out = lanes.fma(place.d, now.x, lanes.elements(y))
             if "z_BLE" in elements:
@@ -284,12 +285,12 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                 if g % plan.groups == 0:
                     place.store_kept(h, trip * (again // plan.groups) + g // plan.groups)
                 now, (b, _) = prepare(place, elements), halves(lanes, bc)
-                u = lanes.rows_of(now.u)
+                u = lanes.split(lanes.rounded(now.u))
                 for j in range(STEPS):
                     dt = lanes.of_step(now.decay_dt, j)[:, None]
                     for s in sets:
                         decay = lanes.exp2(dt * place.a[s])
-                        h[s] = lanes.fma(decay, h[s], lanes.outer(zero_4, u, b[s], j))
+                        h[s] = lanes.fma(decay, h[s], lanes.outer(u, b[s], j))
             return h, touched
 
         *carry, touched = carry
@@ -301,7 +302,11 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
         def fetch(i: Array) -> Any:
             trip = trips - 1 - i
             loaded = [
-                (place.elements(_DRIVE + later, g), place.factors("bc", g), place.factors("cb", g))
+                (
+                    place.elements(_DRIVE + later, g),
+                    place.factors("bc", g),
+                    place.factors("cb", g),
+                )
                 for g in groups_of(trip, plan.groups)
             ]
             return loaded, place.load_kept(trip)
@@ -342,7 +347,7 @@ def _trip_backward(
             sigmoid = lanes.sigmoid(z)
             dyg = dy * (z * sigmoid)
             through_gate = dy * (sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z)))
-        u, dyg_across = lanes.rows_of(now.u), lanes.across(dyg)
+        u, dyg_across = lanes.split(lanes.rounded(now.u)), lanes.across(dyg)
         y, decays, carried = zero_4, [], []
         sums: list[Parts] = [(zero_4, zero_4) for _ in sets]
         for j in range(STEPS):
@@ -350,7 +355,7 @@ def _trip_backward(
             decays.append([lanes.exp2(dt * place.a[s]) for s in sets])
             carried.append([decays[j][s] * h[s] for s in sets])
             for s in sets:
-                h[s] = lanes.outer(carried[j][s], u, b[s], j)
+                h[s] = carried[j][s] + lanes.outer(u, b[s], j)
                 y = lanes.over_states(y, h[s], c[s], j)
                 sums[s] = lanes.over_channels(sums[s], h[s], dyg_across, j)
         if through_gate is not None:
@@ -365,16 +370,16 @@ def _trip_backward(
     ones = (jnp.ones((lanes.width, 4), jnp.float32),)
     for i in reversed(range(len(groups))):
         now, dyg, c, b, decays, carried = kept[i]
-        dyg_rows, u_across = lanes.rows_of(dyg), lanes.across(now.u)
+        dyg_parts, u_across = lanes.split(lanes.rounded(dyg)), lanes.across(now.u)
         du = ddt = zero_4
         sums: list[Parts] = [(zero_4, zero_4) for _ in sets]
         for j in reversed(range(STEPS)):
             dt = lanes.of_step(now.decay_dt, j)[:, None]
             for s in sets:
+                own = lanes.outer(dyg_parts, c[s], j)
                 if decay_after is None:
-                    state[s] = lanes.outer(state[s], dyg_rows, c[s], j)
+                    state[s] = state[s] + own
                 else:
-                    own = lanes.outer(zero_4, dyg_rows, c[s], j)
                     state[s] = lanes.fma(decay_after[s], state[s], own)
                 du = lanes.over_states(du, state[s], b[s], j)
                 p = state[s] * carried[j][s]

@@ -39,9 +39,9 @@ LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 CHANNELS, STEPS, STATES = 8, 4, 16
 
 _MMA = "mma.sync.aligned.m16n8k{k}.row.col.f32.tf32.tf32.f32 "
-# The step size of a reset, in decays: exp2(-1e33 rate) is 0 for rates from 1e-30 on, and no product
-# with a constant overflows.
-RESET_DT = 1e33
+# The step size of a reset, in decays. exp2 of it is 0 with every rate from the least one on, and
+# no product with a constant overflows.
+RESET_DT, LEAST_RATE = 1e33, 1e-30
 
 # A factor of a product: itself, or its leading bits and the rest.
 Parts = tuple[Array, ...]
@@ -131,15 +131,17 @@ class Lanes:
         leading = _bits(_bits(v, jnp.int32) & -(2**13), jnp.float32)
         return leading, v - leading
 
-    def rows_of(self, u: Array) -> Parts:
-        """[T, 4]: elements as `outer` takes them."""
-        zero = jnp.zeros_like(u)
-        return tuple(zipped(v, zero, zero, v) for v in self.split(self.rounded(u)))
-
-    def outer(self, total: Array, u: Parts, b: Parts, step: int) -> Array:
-        """total + u b of one step, [T, 4]; u made by `rows_of`, b as `arrange_outer` puts it."""
-        columns = [_chosen(v, self._tile(self.step()) == step) for v in b]
-        return self._products(total, u, columns)
+    def outer(self, u: Parts, b: Parts, step: int) -> Array:
+        """u b of one step, [T, 4]; u elements, in `parts`, b as `arrange_outer` puts it."""
+        nothing = jnp.zeros((self.width, 4), jnp.float32)
+        columns = [unzipped(_chosen(v, self._tile(self.step()) == step)) for v in b]
+        rows = [self._tile(v) for v in u]
+        # Rows 8 to 15 repeat the others: with 4 columns, no operand is filled up with zeros.
+        first, second = (
+            unzipped(self._products(nothing, rows, [self._tile(v[half]) for v in columns], k=4))
+            for half in range(2)
+        )
+        return zipped(first[0], first[1], second[0], second[1])
 
     def over_states(self, total: Array, h: Array, c: Parts, step: int) -> Array:
         """Adds to `total`, [T, 4], the sums of h c over states, c as `arrange_inner` puts it.
