@@ -1,6 +1,7 @@
 # make quickstart   trains a small B'MOJO on this machine and shows what came of it
 # make test         installs what is missing and runs the tests (about 10 minutes on 2 cores)
 # make check        format, lint and types
+# make install-aot  installs the TPU compiler, for the slow tests that count a kernel's instructions
 
 # Python 3.12 or later; override with `make PYTHON=/path/to/python`.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
@@ -9,7 +10,7 @@ VENV := .venv/bin/python
 ARGS ?=
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test test-slow check format install install-dev
+.PHONY: quickstart test test-slow check format install install-dev install-aot
 
 quickstart: install
 	$(VENV) train.py --config configs/quickstart.py --workdir $(WORKDIR) $(ARGS)
@@ -44,4 +45,10 @@ install-dev: .venv/.installed-dev
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt requirements-harness.txt
 	$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+install-aot: .venv/.installed-aot
+
+.venv/.installed-aot: .venv/.installed-dev requirements-aot.txt
+	$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements-aot.txt -c constraints.txt
 	touch $@

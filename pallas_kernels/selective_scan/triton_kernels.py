@@ -227,7 +227,7 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
         for i, (elements, bc) in enumerate(loaded):
             now = prepare(place, elements)
             b, c = halves(lanes, bc)
-            u = lanes.split(lanes.rounded(now.u))
+            u = lanes.split_rounded(now.u)
             y = zero_4
             for j in range(STEPS):
                 dt = lanes.of_step(now.decay_dt, j)[:, None]
@@ -285,7 +285,7 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                 if g % plan.groups == 0:
                     place.store_kept(h, trip * (again // plan.groups) + g // plan.groups)
                 now, (b, _) = prepare(place, elements), halves(lanes, bc)
-                u = lanes.split(lanes.rounded(now.u))
+                u = lanes.split_rounded(now.u)
                 for j in range(STEPS):
                     dt = lanes.of_step(now.decay_dt, j)[:, None]
                     for s in sets:
@@ -347,7 +347,7 @@ def _trip_backward(
             sigmoid = lanes.sigmoid(z)
             dyg = dy * (z * sigmoid)
             through_gate = dy * (sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z)))
-        u, dyg_across = lanes.split(lanes.rounded(now.u)), lanes.across(dyg)
+        u, dyg_across = lanes.split_rounded(now.u), lanes.across(dyg)
         y, decays, carried = zero_4, [], []
         sums: list[Parts] = [(zero_4, zero_4) for _ in sets]
         for j in range(STEPS):
@@ -370,7 +370,7 @@ def _trip_backward(
     ones = (jnp.ones((lanes.width, 4), jnp.float32),)
     for i in reversed(range(len(groups))):
         now, dyg, c, b, decays, carried = kept[i]
-        dyg_parts, u_across = lanes.split(lanes.rounded(dyg)), lanes.across(now.u)
+        dyg_parts, u_across = lanes.split_rounded(dyg), lanes.across(now.u)
         du = ddt = zero_4
         sums: list[Parts] = [(zero_4, zero_4) for _ in sets]
         for j in reversed(range(STEPS)):

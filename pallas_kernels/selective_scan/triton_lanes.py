@@ -119,17 +119,20 @@ class Lanes:
         return self._ptx(f"shfl.sync.idx.b32 $0, $1, {step}, 0x1c1f, 0xffffffff;", "=f,f", v)
 
     def rounded(self, v: Array) -> Array:
-        """Half a unit of tf32 more, so that a product which cuts v rounds it."""
-        if self.exact or self.interpret:
-            return v
-        return _bits(_bits(v, jnp.int32) + 2**12, jnp.float32)
+        """Half a unit of tf32 more, so that a product, which cuts v, rounds it."""
+        return v if self.interpret else _bits(_bits(v, jnp.int32) + 2**12, jnp.float32)
 
     def split(self, v: Array) -> Parts:
-        """What products take for v: with `exact` two parts, each within tf32."""
+        """What products take for v. With `exact` v rounded to tf32 and the rest, else v as it is,
+        to be cut: rounding would cost one instruction a value."""
         if not self.exact:
             return (v,)
-        leading = _bits(_bits(v, jnp.int32) & -(2**13), jnp.float32)
-        return leading, v - leading
+        leading = _bits((_bits(v, jnp.int32) + 2**12) & -(2**13), jnp.float32)
+        return leading, self.rounded(v - leading)
+
+    def split_rounded(self, v: Array) -> Parts:
+        """`split` for elements, where the instruction is cheap."""
+        return self.split(v) if self.exact else (self.rounded(v),)
 
     def outer(self, u: Parts, b: Parts, step: int) -> Array:
         """u b of one step, [T, 4]; u elements, in `parts`, b as `arrange_outer` puts it."""
@@ -180,9 +183,9 @@ class Lanes:
         source = 4 * (2 * (lane & 3) + (lane >> 2 & 1)) + (lane >> 3)
         if self.interpret:
             moved = jnp.take_along_axis(v.reshape(-1, 32), source.reshape(-1, 32), axis=1)
-            return self.split(moved.reshape(-1))
+            return self.split_rounded(moved.reshape(-1))
         code = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
-        return self.split(self._ptx(code, "=f,f,r", v, source))
+        return self.split_rounded(self._ptx(code, "=f,f,r", v, source))
 
     def by_state(self, totals: Parts) -> tuple[Array, Array]:
         """[T] twice: lane 4 i + step has the sums of states s and s + 2 of `sum_state`."""

@@ -1,0 +1,104 @@
+"""The Triton kernels of the selective scan: what they save, their block sizes, their lowering.
+
+Their results are compared in `test_selective_scan.py`, in interpret mode.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels.selective_scan import pallas_triton
+from pallas_kernels.selective_scan.operands import Operands, ScanOutput
+from pallas_kernels.shapes import SCAN_CASES, ScanShape
+from tests.pallas_kernels.test_selective_scan import draw, expected, outputs_and_gradients, run
+from tests.tolerances import relative_rms
+
+H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu")
+GPU = AbstractMesh((), (), abstract_device=H100)
+KERNEL = "__gpu$xla.gpu.triton"
+
+
+def abstract(shape: ScanShape, dtype: str = "bfloat16") -> Operands:
+    sizes = dataclasses.asdict(shape)
+
+    def array(name: str) -> jax.ShapeDtypeStruct:
+        dims = tuple(sizes[letter] for letter in name.rsplit("_", 1)[1])
+        kind = {"reset_BL": "bool", "a_EN": "float32", "h0_BEN": "float32"}.get(name, dtype)
+        return jax.ShapeDtypeStruct(dims, kind)
+
+    return Operands(*(array(name) for name in Operands._fields))
+
+
+def test_a_kernel_equals_float64(rng: np.random.Generator) -> None:
+    """One shape by default; `test_selective_scan.py` has the others, which are slow."""
+    operands = draw(rng, ScanShape(B=2, L=21, E=4, N=3))
+    blocks = {"chunk": 8, "forward_groups": 1, "backward_groups": 1}
+    got = outputs_and_gradients(operands, "pallas_triton", blocks)
+    want = expected(operands, "pallas_triton")
+    errors = {name: relative_rms(got[name], want[name]) for name in want}
+    assert all(error < 1e-6 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("name", [name for name in SCAN_CASES if name.startswith("b")])
+def test_saved_for_backward(name: str) -> None:
+    """Beyond the inputs one byte per element at most, and nothing without a backward pass."""
+    shape = SCAN_CASES[name]
+
+    def forward(operands: Operands, for_backward: bool) -> Any:
+        return pallas_triton.forward(operands, {}, for_backward=for_backward)
+
+    with jax.sharding.use_abstract_mesh(GPU):
+        saving = functools.partial(forward, for_backward=True)
+        _, (_, starts) = jax.eval_shape(saving, abstract(shape))
+        _, (_, nothing) = jax.eval_shape(
+            functools.partial(forward, for_backward=False), abstract(shape)
+        )
+    assert starts.size * starts.dtype.itemsize <= shape.B * shape.L * shape.E
+    assert nothing is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("N", [8, 32, 64])
+def test_every_number_of_states_lowers(N: int, dtype: str) -> None:
+    shape = ScanShape(B=1, L=100_003, E=1000, N=N)
+
+    def both(operands: Operands) -> Operands:
+        out, residuals = pallas_triton.forward(operands, {}, for_backward=True)
+        return pallas_triton.backward(residuals, ScanOutput(*out), {})
+
+    with jax.sharding.use_abstract_mesh(GPU):
+        lowered = jax.jit(both).trace(abstract(shape, dtype)).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count(f"@{KERNEL}") == 2
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({"forward_warps": 3}, r"blocks\['forward_warps'\]=3 must be a power of two"),
+        ({"chunk": 8}, r"blocks\['chunk'\]=8 must be at least 4 times .*'forward_groups'\]=4"),
+        ({"warps": 4}, "blocks has 'warps'; it takes"),
+    ],
+)
+def test_wrong_blocks_are_named(
+    rng: np.random.Generator, blocks: dict[str, int], message: str
+) -> None:
+    operands = draw(rng, ScanShape(B=1, L=64, E=8, N=16))
+    with pytest.raises(ValueError, match=message):
+        outputs_and_gradients(operands, "pallas_triton", blocks)
+
+
+@pytest.mark.slow
+def test_long_document_of_few_channels(rng: np.random.Generator) -> None:
+    """Many chunks: the state and its gradient go through all of them."""
+    operands = draw(rng, ScanShape(B=1, L=700, E=8, N=16), leave_out=("reset_BL",))
+    operands["a_EN"] = operands["a_EN"] * 0.01
+    got = outputs_and_gradients(operands, "pallas_triton")
+    want = expected(operands, "pallas_triton")
+    errors = {name: relative_rms(got[name], want[name]) for name in want}
+    assert all(error < 2e-6 for error in errors.values()), errors
+    assert run(operands, "pallas_triton").y_BLE.shape == (1, 700, 8)
