@@ -5,17 +5,21 @@
     y_t  = (h_t c_t + d x_t) SiLU(z_t)
 
 (Mamba, arXiv 2312.00752, section 3.) One kernel forward, one backward, everything in one pass over
-memory; serial in time, parallel over the batch and channels. State, decays and sums are float32,
-results are rounded once. With bfloat16 x the products with b and c cut their other factor to
-tf32; with float32 x they are as exact as float32 (`triton_lanes.py`). Saved for the backward pass
-beyond the inputs: the float32 states before chunks of 64 steps, one byte per element at N = 16.
-Deterministic: the gradients of b and c are summed over the channels of a program in its kernel
-and over programs by XLA, always in the same order.
+memory; serial in time, parallel over the batch and channels. Where that leaves the machine idle, L
+is cut into segments that run side by side: a first pass finds the state before each segment (the
+gradient after it), as the decay of a segment is exp(a sum dt).
+
+State, decays and sums are float32, results are rounded once. With bfloat16 x, b and c the products
+with b and c cut their other factor to tf32; otherwise they are as exact as float32
+(`triton_lanes.py`). Saved for the backward pass beyond the inputs: the float32 states before chunks
+of 64 steps, one byte per element at N = 16. Deterministic: the gradients of b and c are summed over
+the channels of a program in its kernel and over programs by XLA, always in the same order.
 
 What is padded: L to whole chunks (steps with dt = 0), E to the channels of a program, N to 16, 32
 or 64 (states that stay 0).
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +34,12 @@ from pallas_kernels import dispatch
 from pallas_kernels.blocks import choose
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.selective_scan.operands import NEUTRAL_DT, Operands, ScanOutput
-from pallas_kernels.selective_scan.triton_kernels import Plan, backward_kernel, forward_kernel
+from pallas_kernels.selective_scan.triton_kernels import (
+    Plan,
+    adjoint_kernel,
+    backward_kernel,
+    forward_kernel,
+)
 from pallas_kernels.selective_scan.triton_lanes import (
     CHANNELS,
     LEAST_RATE,
@@ -42,15 +51,21 @@ from pallas_kernels.selective_scan.triton_lanes import (
 )
 
 OP = "selective_scan/pallas_triton"
-# Warps of a program and groups of 4 steps of a trip, forward and backward; steps of a chunk.
+# Warps of a program, groups of 4 steps of a trip, segments of L; steps of a chunk.
 TUNABLE: Mapping[str, tuple[int, ...]] = {
     "forward_warps": (1, 2, 4, 8),
     "forward_groups": (1, 2, 4, 8),
     "backward_warps": (1, 2, 4, 8),
     "backward_groups": (1, 2, 4),
+    "forward_segments": (1, 2, 4, 8),
+    "backward_segments": (1, 2, 4, 8),
     "chunk": (64, 128),
 }
 _LARGEST_N = 64
+# Warps that keep a GPU of some 500 warp schedulers busy; below, L is cut into segments, but not
+# into shorter ones than these.
+_FORWARD_WARPS, _BACKWARD_WARPS = 1024, 2048
+_SHORTEST_SEGMENT = 256
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
 
@@ -58,83 +73,148 @@ def forward(
     operands: Operands, blocks: Mapping[str, int], *, for_backward: bool
 ) -> tuple[ScanOutput, Any]:
     """Residuals: the operands and starts_BCEN, the states before chunks (C of padded L)."""
-    interpret = dispatch.interpreted("gpu")
     _check(operands)
     _, L, E = operands.x_BLE.shape
+    N = operands.a_EN.shape[1]
     sizes = _sizes(operands, blocks)
     warps = _warps(E, sizes["forward_warps"])
     groups = _filled(L, STEPS * sizes["forward_groups"]) // STEPS
     chunk = _filled(L, sizes["chunk"]) if for_backward else None
-    padded = _padded(operands, warps, chunk or STEPS * groups)
-    plan = _plan(operands, padded, warps, groups, chunk, interpret)
-    inputs = _inputs(padded) | {"bc": _arranged(padded.b_BLN, padded.c_BLN)}
+    unit = chunk or STEPS * groups
+    padded = _padded(operands, warps, unit)
     B, steps, channels = padded.x_BLE.shape
-    states = padded.a_EN.shape[1]
+    segments = _segments(steps // unit, sizes["forward_segments"])
+    plan = _plan(operands, padded, warps, groups, segments)
+    inputs = _inputs(_cut(padded, segments))
+    if segments > 1:
+        inputs["h0_BEN"] = _states_at_borders(inputs, plan, B)
+    n = inputs["h0_BEN"].shape
     outputs = {
-        "y_BLE": jax.ShapeDtypeStruct((B, steps, channels), operands.x_BLE.dtype),
-        "h_BEN": jax.ShapeDtypeStruct((B, channels, states), jnp.float32),
+        "y_BLE": jax.ShapeDtypeStruct(inputs["x_BLE"].shape, operands.x_BLE.dtype),
+        "h_BEN": jax.ShapeDtypeStruct(n, jnp.float32),
     }
     if chunk:
-        outputs["starts_BCEN"] = jax.ShapeDtypeStruct(
-            (B, steps // chunk, channels, states), jnp.float32
-        )
-    out = _call(forward_kernel, inputs, outputs, plan, B)
-    N = operands.a_EN.shape[1]
-    y_BLE = out["y_BLE"][:, :L, :E]
-    return ScanOutput(y_BLE, out["h_BEN"][:, :E, :N]), (operands, out.get("starts_BCEN"))
+        shape = (n[0], plan.L // chunk, *n[1:])
+        outputs["starts_BCEN"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    out = _call(forward_kernel, inputs, outputs, dataclasses.replace(plan, chunk=chunk))
+    y_BLE = out["y_BLE"].reshape(B, steps, channels)[:, :L, :E]
+    h_BEN = _by_segment(out["h_BEN"], B)[:, -1, :E, :N]
+    starts_BCEN = None
+    if chunk:
+        starts_BCEN = out["starts_BCEN"].reshape(B, steps // chunk, *n[1:])
+    return ScanOutput(y_BLE, h_BEN), (operands, starts_BCEN)
 
 
 def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Operands:
     operands, starts_BCEN = residuals
-    interpret = dispatch.interpreted("gpu")
     _, L, E = operands.x_BLE.shape
     N = operands.a_EN.shape[1]
     sizes = _sizes(operands, blocks)
     warps, chunk = _warps(E, sizes["backward_warps"]), _filled(L, sizes["chunk"])
     padded = _padded(operands, warps, chunk)
-    groups = min(sizes["backward_groups"], chunk // STEPS)
-    plan = _plan(operands, padded, warps, groups, chunk, interpret)
     B, steps, channels = padded.x_BLE.shape
     states = padded.a_EN.shape[1]
-    inputs = _inputs(padded) | {
-        "bc": _arranged(padded.b_BLN, padded.c_BLN),
-        "cb": _arranged(padded.c_BLN, padded.b_BLN),
-        "starts_BCEN": _pad(starts_BCEN[:, :, :channels], {2: channels}),
-        "dy_BLE": _pad(d_out.y_BLE, {1: steps, 2: channels}),
-        "dh_BEN": _pad(d_out.h_BEN.astype(jnp.float32), {1: channels, 2: states}),
-    }
+    segments = _segments(steps // chunk, sizes["backward_segments"])
+    groups = min(sizes["backward_groups"], chunk // STEPS)
+    plan = _plan(operands, padded, warps, groups, segments)
+    cut = _cut(padded, segments)
+    inputs = _inputs(cut)
     del inputs["h0_BEN"]
+    starts_BCEN = _pad(starts_BCEN[:, :, :channels], {2: channels})
+    d_state = _pad(d_out.h_BEN.astype(jnp.float32), {1: channels, 2: states})
+    inputs |= {
+        "cb": _arranged(cut.c_BLN, cut.b_BLN),
+        "starts_BCEN": starts_BCEN.reshape(-1, plan.L // chunk, channels, states),
+        "dy_BLE": _pad(d_out.y_BLE, {1: steps, 2: channels}).reshape(cut.x_BLE.shape),
+        "dh_BEN": d_state,
+    }
+    if segments > 1:
+        inputs["dh_BEN"] = _adjoints_at_borders(inputs, plan, B)
+    rows = B * segments
     programs = channels // (CHANNELS * warps)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     outputs = {
-        "dx_BLE": jax.ShapeDtypeStruct((B, steps, channels), operands.x_BLE.dtype),
-        "ddt_BLE": jax.ShapeDtypeStruct((B, steps, channels), operands.dt_BLE.dtype),
-        "da_BEN": f32((B, channels, states)),
-        "dbc": f32((programs, B, steps // STEPS, plan.sets, 32, 4)),
-        "dd_BE4": f32((B, channels, 4)),
-        "ddt_bias_BE4": f32((B, channels, 4)),
-        "dh0_BEN": f32((B, channels, states)),
-        "kept": f32((B, programs, chunk // (STEPS * groups), plan.sets, plan.lanes.width, 4)),
+        "dx_BLE": jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.x_BLE.dtype),
+        "ddt_BLE": jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.dt_BLE.dtype),
+        "da_BEN": f32((rows, channels, states)),
+        "dbc": f32((programs, rows, plan.L // STEPS, plan.sets, 32, 4)),
+        "dd_BE4": f32((rows, channels, 4)),
+        "ddt_bias_BE4": f32((rows, channels, 4)),
+        "dh0_BEN": f32((rows, channels, states)),
+        "kept": f32((rows, programs, chunk // (STEPS * groups), plan.sets, plan.lanes.width, 4)),
     }
     if operands.z_BLE is not None:
-        outputs["dz_BLE"] = jax.ShapeDtypeStruct((B, steps, channels), operands.z_BLE.dtype)
-    out = _call(backward_kernel, inputs, outputs, plan, B)
+        outputs["dz_BLE"] = jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.z_BLE.dtype)
+    out = _call(backward_kernel, inputs, outputs, dataclasses.replace(plan, chunk=chunk))
+
+    def whole(v: Array) -> Array:
+        return v.reshape(B, steps, *v.shape[2:])[:, :L]
+
     db_BLN, dc_BLN = _sums_in_order(out["dbc"])
     gradients = Operands(
-        x_BLE=out["dx_BLE"][:, :L, :E],
-        dt_BLE=out["ddt_BLE"][:, :L, :E],
+        x_BLE=whole(out["dx_BLE"])[:, :, :E],
+        dt_BLE=whole(out["ddt_BLE"])[:, :, :E],
         a_EN=out["da_BEN"].sum(0)[:E, :N],
-        b_BLN=db_BLN[:, :L, :N],
-        c_BLN=dc_BLN[:, :L, :N],
+        b_BLN=whole(db_BLN)[:, :, :N],
+        c_BLN=whole(dc_BLN)[:, :, :N],
         d_E=out["dd_BE4"].sum((0, 2))[:E],
-        z_BLE=None if operands.z_BLE is None else out["dz_BLE"][:, :L, :E],
+        z_BLE=None if operands.z_BLE is None else whole(out["dz_BLE"])[:, :, :E],
         dt_bias_E=out["ddt_bias_BE4"].sum((0, 2))[:E],
         reset_BL=None,
-        h0_BEN=out["dh0_BEN"][:, :E, :N],
+        h0_BEN=_by_segment(out["dh0_BEN"], B)[:, 0, :E, :N],
     )
     return jax.tree.map(
         lambda gradient, v: gradient.astype(v.dtype), gradients, operands._replace(reset_BL=None)
     )
+
+
+def _states_at_borders(inputs: dict[str, Array], plan: Plan, B: int) -> Array:
+    """[B segments, E, N]: the state before each segment, from one pass over all but the last.
+
+    A segment alone, from a zero state, ends in e; its decay is p = exp(a sum dt). Then
+    h_{s+1} = p_s h_s + e_s."""
+    h0_BEN = inputs["h0_BEN"]
+    S = inputs["x_BLE"].shape[0] // B
+    rest = jnp.zeros((B, S - 1, *h0_BEN.shape[1:]), jnp.float32)
+    alone = jnp.concatenate([h0_BEN[:, None], rest], 1).reshape(-1, *h0_BEN.shape[1:])
+    needed = {n: v for n, v in inputs.items() if n not in ("z_BLE", "d_E")} | {"h0_BEN": alone}
+    ends, decays = _alone(forward_kernel, needed, "h_BEN", plan, B)
+    h = [h0_BEN, ends[:, 0]]
+    for s in range(1, S - 1):
+        h.append(decays[:, s] * h[-1] + ends[:, s])
+    return jnp.stack(h, 1).reshape(alone.shape)
+
+
+def _adjoints_at_borders(inputs: dict[str, Array], plan: Plan, B: int) -> Array:
+    """[B segments, E, N]: the gradient of the state after each segment; `_states_at_borders`
+    backwards, from one pass over all but the first."""
+    dh_BEN = inputs["dh_BEN"]
+    S = inputs["x_BLE"].shape[0] // B
+    rest = jnp.zeros((B, S - 1, *dh_BEN.shape[1:]), jnp.float32)
+    alone = jnp.concatenate([rest, dh_BEN[:, None]], 1).reshape(-1, *dh_BEN.shape[1:])
+    unneeded = ("x_BLE", "d_E", "bc", "starts_BCEN")
+    needed = {n: v for n, v in inputs.items() if n not in unneeded} | {"dh_BEN": alone}
+    firsts, decays = _alone(
+        adjoint_kernel, needed, "dh0_BEN", dataclasses.replace(plan, first_row=1), B
+    )
+    dh = [dh_BEN, firsts[:, S - 1]]
+    for s in reversed(range(1, S - 1)):
+        dh.append(decays[:, s] * dh[-1] + firsts[:, s])
+    return jnp.stack(dh[::-1], 1).reshape(alone.shape)
+
+
+def _alone(
+    kernel: Any, inputs: dict[str, Array], name: str, plan: Plan, B: int
+) -> tuple[Array, Array]:
+    """[B, segments, E, N] twice: the kernel's states, and the decays of segments. Of one segment
+    of each row, the last one or that before `first_row`, there is nothing."""
+    rows, _, channels = inputs["dt_BLE"].shape
+    state = jax.ShapeDtypeStruct((rows, *inputs["a_EN"].shape), jnp.float32)
+    outputs = {name: state, "dt_BE4": jax.ShapeDtypeStruct((rows, channels, 4), jnp.float32)}
+    S = rows // B
+    out = _call(kernel, inputs, outputs, dataclasses.replace(plan, rows=S), grid=(B, S - 1))
+    decays = jnp.exp(out["dt_BE4"].sum(-1)[:, :, None] * inputs["a_EN"][None])
+    return _by_segment(out[name], B), _by_segment(decays, B)
 
 
 def _check(operands: Operands) -> None:
@@ -158,6 +238,8 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
             "forward_groups": 4,
             "backward_warps": 4,
             "backward_groups": 1,
+            "forward_segments": _enough(B, L, E, _FORWARD_WARPS),
+            "backward_segments": _enough(B, L, E, _BACKWARD_WARPS),
             "chunk": 64,
         },
         override=blocks,
@@ -177,6 +259,21 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
 def _filled(L: int, steps: int) -> int:
     """No more steps than L fills, in powers of two from one group on."""
     return min(steps, max(STEPS, 1 << (L - 1).bit_length()))
+
+
+def _enough(B: int, L: int, E: int, warps: int) -> int:
+    """Segments of L for `warps` warps in all."""
+    segments = 1
+    while B * E // CHANNELS * segments < warps and L // (2 * segments) >= _SHORTEST_SEGMENT:
+        segments *= 2
+    return segments
+
+
+def _segments(units: int, wanted: int) -> int:
+    """As many as divide L."""
+    while wanted > 1 and units % wanted:
+        wanted //= 2
+    return wanted
 
 
 def _warps(E: int, wanted: int) -> int:
@@ -217,29 +314,39 @@ def _padded(o: Operands, warps: int, unit: int) -> Operands:
     )
 
 
-def _plan(
-    operands: Operands,
-    padded: Operands,
-    warps: int,
-    groups: int,
-    chunk: int | None,
-    interpret: bool,
-) -> Plan:
-    exact = any(v.dtype == jnp.float32 for v in (operands.x_BLE, operands.b_BLN, operands.c_BLN))
+def _cut(padded: Operands, segments: int) -> Operands:
+    """Segments of L as rows of the batch; h0_BEN as it was."""
+
+    def cut(v: Array) -> Array:
+        return v.reshape(v.shape[0] * segments, v.shape[1] // segments, *v.shape[2:])
+
+    timed = {
+        n: cut(v)
+        for n, v in padded._asdict().items()
+        if "L" in n.rsplit("_", 1)[1] and v is not None
+    }
+    return padded._replace(**timed)
+
+
+def _by_segment(v: Array, B: int) -> Array:
+    return v.reshape(B, -1, *v.shape[1:])
+
+
+def _plan(o: Operands, padded: Operands, warps: int, groups: int, segments: int) -> Plan:
+    exact = any(v.dtype == jnp.float32 for v in (o.x_BLE, o.b_BLN, o.c_BLN))
     return Plan(
-        lanes=Lanes(warps=warps, exact=exact, interpret=interpret),
-        L=padded.x_BLE.shape[1],
+        lanes=Lanes(warps=warps, exact=exact, interpret=dispatch.interpreted("gpu")),
+        L=padded.x_BLE.shape[1] // segments,
         sets=padded.a_EN.shape[1] // STATES,
         groups=groups,
-        chunk=chunk,
     )
 
 
-def _inputs(padded: Operands) -> dict[str, Array]:
-    """What the kernels read as it is, by name; `one` is 1 (see `triton_kernels.py`)."""
-    arrays = {n: v for n, v in padded._asdict().items() if v is not None}
+def _inputs(cut: Operands) -> dict[str, Array]:
+    """What the kernels read, by name; `one` is 1 (see `triton_kernels.py`)."""
+    arrays = {n: v for n, v in cut._asdict().items() if v is not None}
     del arrays["b_BLN"], arrays["c_BLN"]
-    return arrays | {"one": jnp.ones((1,), jnp.int32)}
+    return arrays | {"bc": _arranged(cut.b_BLN, cut.c_BLN), "one": jnp.ones((1,), jnp.int32)}
 
 
 def _arranged(outer_BLN: Array, inner_BLN: Array) -> Array:
@@ -257,15 +364,21 @@ def _sums_in_order(dbc: Array) -> tuple[Array, Array]:
 
 
 def _call(
-    kernel: Any, inputs: dict[str, Array], outputs: dict[str, Any], plan: Plan, B: int
+    kernel: Any,
+    inputs: dict[str, Array],
+    outputs: dict[str, Any],
+    plan: Plan,
+    grid: tuple[int, int] | None = None,
 ) -> dict[str, Array]:
+    """`grid`: rows and parts of rows, see `Plan`; by default every row of dt_BLE."""
     names = (*inputs, *outputs)
-    programs = inputs["x_BLE"].shape[2] // (CHANNELS * plan.lanes.warps)
+    rows, _, channels = inputs["dt_BLE"].shape
+    rows, parts = grid or (rows, 1)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     results = pl.pallas_call(
         functools.partial(kernel, names=names, plan=plan),
         out_shape=tuple(outputs.values()),
-        grid=(B, programs),
+        grid=(rows, channels // (CHANNELS * plan.lanes.warps), parts),
         in_specs=[anywhere] * len(inputs),
         out_specs=tuple([anywhere] * len(outputs)),
         compiler_params=plgpu.CompilerParams(num_warps=plan.lanes.warps, num_stages=1),

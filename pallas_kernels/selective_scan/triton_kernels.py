@@ -49,13 +49,16 @@ _AGAIN = 4
 @dataclass(frozen=True)
 class Plan:
     """Static sizes: L tokens, sets of 16 states, groups of 4 steps in a trip, and a chunk, the
-    steps between saved states (None: none are saved)."""
+    steps between saved states (None: none are saved). Program (i, j, k) of the grid works on row
+    `rows` i + k + `first_row`."""
 
     lanes: Lanes
     L: int
     sets: int
     groups: int
-    chunk: int | None
+    chunk: int | None = None
+    rows: int = 1
+    first_row: int = 0
 
 
 class Place:
@@ -64,7 +67,8 @@ class Place:
     def __init__(self, ref: Refs, plan: Plan):
         self.ref, self.plan = ref, plan
         lanes = plan.lanes
-        self.row, self.block = pl.program_id(0), pl.program_id(1)
+        self.row = pl.program_id(0) * plan.rows + pl.program_id(2) + plan.first_row
+        self.block = pl.program_id(1)
         self.channel = self.block * (CHANNELS * lanes.warps) + lanes.channel()
         self.step = lanes.step()
         self.channels = jnp.broadcast_to(self.channel[:, None], (lanes.width, 4))
@@ -73,7 +77,6 @@ class Place:
         self.states = [STATES * s + lanes.states() for s in range(plan.sets)]
         # Rates for exp2, per set of states.
         self.a = [plgpu.load(ref["a_EN"].at[self.channels, n]) * LOG2_E for n in self.states]
-        self.d = plgpu.load(ref["d_E"].at[self.channel])
         self.dt_bias = plgpu.load(ref["dt_bias_E"].at[self.channel])
         # 1, which the compiler does not know: see the module's docstring.
         self.one = plgpu.load(ref["one"].at[self.row * 0])
@@ -82,7 +85,7 @@ class Place:
         """Of a group of 4 steps: [T] of each [B, L, E] input, the reset flags if there are any."""
         t = group * STEPS + self.step
         loaded = {n: plgpu.load(self.ref[n].at[self.row, t, self.channel]) for n in names}
-        if "reset_BL" in self.ref and "x_BLE" in names:
+        if "reset_BL" in self.ref and "dt_BLE" in names:
             loaded["reset_BL"] = plgpu.load(self.ref["reset_BL"].at[self.row, t])
         return loaded
 
@@ -105,10 +108,17 @@ class Place:
         at = self.ref[name].at[self.row, group * STEPS + self.step, self.channel]
         plgpu.store(at, value.astype(self.ref[name].dtype))
 
+    def put_sum(self, name: str, value: Array) -> None:
+        """Writes [T] sums over groups; those over the 4 steps are left to the reader."""
+        plgpu.store(self.ref[name].at[self.row, self.channel, self.step], value)
+
     def load_states(self, name: str, *index: Array) -> list[Array]:
         """[T, 4] of each set, of [B, ..., E, N]."""
         ref = self.ref[name]
         return [plgpu.load(ref.at[self.row, *index, self.channels, n]) for n in self.states]
+
+    def d(self) -> Array:
+        return plgpu.load(self.ref["d_E"].at[self.channel])
 
     def store_states(self, name: str, tiles: list[Array], *index: Array) -> None:
         ref = self.ref[name]
@@ -175,23 +185,23 @@ def in_trips(
 
 
 class Prepared(NamedTuple):
-    """Elements of a group in float32: input, dt before and after softplus, dt for decays, dt x."""
+    """Elements of a group: dt before and after softplus, and for decays; the input and dt x."""
 
-    x: Array
     raw: Array
     dt: Array
     decay_dt: Array
+    x: Array
     u: Array
 
 
 def prepare(place: Place, loaded: Mapping[str, Array]) -> Prepared:
-    x = loaded["x_BLE"]
     raw = loaded["dt_BLE"] + place.dt_bias
     dt = place.plan.lanes.softplus(raw)
     decay_dt = dt
     if "reset_BL" in loaded:
         decay_dt = jnp.where(loaded["reset_BL"] != 0, RESET_DT, dt)
-    return Prepared(x, raw, dt, decay_dt, dt * x)
+    x = loaded.get("x_BLE", dt)
+    return Prepared(raw, dt, decay_dt, x, dt * x)
 
 
 def halves(lanes: Lanes, tiles: list[Array]) -> tuple[list[Parts], list[Parts]]:
@@ -205,18 +215,19 @@ def halves(lanes: Lanes, tiles: list[Array]) -> tuple[list[Parts], list[Parts]]:
 
 
 def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
-    """Outputs y_BLE, h_BEN and, with chunks, the states before each, starts_BCEN."""
+    """h_BEN, the states after the last step, and what else there is room for: y_BLE; with chunks
+    the states before each, starts_BCEN; dt_BE4, the sums of what decays see of dt."""
     ref = dict(zip(names, refs, strict=True))
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
-    zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
+    d = place.d() if "y_BLE" in ref else None
     inputs = _DRIVE + tuple(n for n in ("z_BLE",) if n in ref)
 
     def fetch(trip: Array) -> Any:
         groups = [trip * plan.groups + i for i in range(plan.groups)]
         return [(place.elements(inputs, g), place.factors("bc", g)) for g in groups]
 
-    def compute(trip: Array, loaded: Any, h: list[Array]) -> list[Array]:
-        h = list(h)
+    def compute(trip: Array, loaded: Any, carry: Any) -> Any:
+        h, dt_sum = list(carry[0]), carry[1]
         if plan.chunk:
             per_chunk = plan.chunk // (STEPS * plan.groups)
 
@@ -228,22 +239,66 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
             now = prepare(place, elements)
             b, c = halves(lanes, bc)
             u = lanes.split_rounded(now.u)
-            y = zero_4
+            y = jnp.zeros((lanes.width, 4), jnp.float32)
             for j in range(STEPS):
                 dt = lanes.of_step(now.decay_dt, j)[:, None]
                 for s in sets:
                     decay = lanes.exp2(dt * place.a[s])
                     h[s] = lanes.fma(decay, h[s], lanes.outer(u, b[s], j))
-                    y = lanes.over_states(y, h[s], c[s], j)
-            out = lanes.fma(place.d, now.x, lanes.elements(y))
+                    if d is not None:
+                        y = lanes.over_states(y, h[s], c[s], j)
+            if d is not None:
+                out = lanes.fma(d, now.x, lanes.elements(y))
+                if "z_BLE" in elements:
+                    z = elements["z_BLE"]
+                    out = out * (z * lanes.sigmoid(z))
+                place.put("y_BLE", trip * plan.groups + i, out)
+            if dt_sum is not None:
+                dt_sum = dt_sum + now.decay_dt
+        return h, dt_sum
+
+    dt_sum = jnp.zeros((lanes.width,), jnp.float32) if "dt_BE4" in ref else None
+    trips = plan.L // (STEPS * plan.groups)
+    start = (place.load_states("h0_BEN"), dt_sum)
+    h, dt_sum = in_trips(place, trips, fetch, compute, start)
+    place.store_states("h_BEN", h)
+    if dt_sum is not None:
+        place.put_sum("dt_BE4", dt_sum)
+
+
+def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
+    """dh0_BEN, the gradient of the first state from those of the outputs, dy_BLE, and of the last
+    state, dh_BEN; and dt_BE4 as in `forward_kernel`."""
+    ref = dict(zip(names, refs, strict=True))
+    place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
+    inputs = ("dt_BLE", *(n for n in ("z_BLE", "dy_BLE") if n in ref))
+    trips = plan.L // (STEPS * plan.groups)
+
+    def fetch(i: Array) -> Any:
+        groups = [(trips - 1 - i) * plan.groups + g for g in range(plan.groups)]
+        return [(place.elements(inputs, g), place.factors("cb", g)) for g in groups]
+
+    def compute(i: Array, loaded: Any, carry: Any) -> Any:
+        state, dt_sum = list(carry[0]), carry[1]
+        for elements, cb in reversed(loaded):
+            now = prepare(place, elements)
+            dyg = elements["dy_BLE"]
             if "z_BLE" in elements:
                 z = elements["z_BLE"]
-                out = out * (z * lanes.sigmoid(z))
-            place.put("y_BLE", trip * plan.groups + i, out)
-        return h
+                dyg = dyg * (z * lanes.sigmoid(z))
+            dyg, (c, _) = lanes.split_rounded(dyg), halves(lanes, cb)
+            for j in reversed(range(STEPS)):
+                dt = lanes.of_step(now.decay_dt, j)[:, None]
+                for s in sets:
+                    decay = lanes.exp2(dt * place.a[s])
+                    state[s] = decay * (state[s] + lanes.outer(dyg, c[s], j))
+            dt_sum = dt_sum + now.decay_dt
+        return state, dt_sum
 
-    trips = plan.L // (STEPS * plan.groups)
-    place.store_states("h_BEN", in_trips(place, trips, fetch, compute, place.load_states("h0_BEN")))
+    start = (place.load_states("dh_BEN"), jnp.zeros((lanes.width,), jnp.float32))
+    state, dt_sum = in_trips(place, trips, fetch, compute, start)
+    place.store_states("dh0_BEN", state)
+    place.put_sum("dt_BE4", dt_sum)
 
 
 def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
@@ -324,8 +379,8 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     dd = jnp.where(touched == UNLIKELY, jnp.nan, dd)
     place.store_states("dh0_BEN", dh)
     place.store_states("da_BEN", da)
-    for name, value in (("dd_BE4", dd), ("ddt_bias_BE4", dbias)):
-        plgpu.store(ref[name].at[place.row, place.channel, place.step], value)
+    place.put_sum("dd_BE4", dd)
+    place.put_sum("ddt_bias_BE4", dbias)
 
 
 def _trip_backward(
@@ -334,7 +389,7 @@ def _trip_backward(
     """carry: gradient of the state after the trip, and the sums so far of a's, d's, dt_bias's."""
     lanes, sets = place.plan.lanes, range(place.plan.sets)
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
-    state, da, dd, dbias = carry
+    d, (state, da, dd, dbias) = place.d(), carry
     h, state, da = list(h), list(state), list(da)
     kept, dc = [], []
     for group, (elements, bc, cb) in zip(groups, loaded, strict=True):
@@ -359,7 +414,7 @@ def _trip_backward(
                 y = lanes.over_states(y, h[s], c[s], j)
                 sums[s] = lanes.over_channels(sums[s], h[s], dyg_across, j)
         if through_gate is not None:
-            out = lanes.fma(place.d, now.x, lanes.elements(y))
+            out = lanes.fma(d, now.x, lanes.elements(y))
             place.put("dz_BLE", group, through_gate * out)
         dd = lanes.fma(dyg, now.x, dd)
         dc.append([lanes.by_state(v) for v in sums])
@@ -390,7 +445,7 @@ def _trip_backward(
         du, ddt = lanes.elements(du), lanes.elements(ddt)
         ddt = lanes.fma(du, now.x, ddt * LN_2) * lanes.sigmoid(now.raw)
         dbias = dbias + ddt
-        place.put("dx_BLE", groups[i], lanes.fma(du, now.dt, place.d * dyg))
+        place.put("dx_BLE", groups[i], lanes.fma(du, now.dt, d * dyg))
         place.put("ddt_BLE", groups[i], ddt)
         db[i] = [lanes.by_state(v) for v in sums]
     assert decay_after is not None

@@ -93,6 +93,28 @@ def test_wrong_blocks_are_named(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("segments", "L"), [(2, 32), (4, 61)])
+def test_segments_make_a_whole(rng: np.random.Generator, segments: int, L: int) -> None:
+    """Side by side from border states that a first pass finds; 2 is the shortest chain of them."""
+    operands = draw(rng, ScanShape(B=2, L=L, E=5, N=16))
+    blocks = {"chunk": 8, "forward_groups": 1, "backward_groups": 1}
+    blocks |= {"forward_segments": segments, "backward_segments": segments}
+    got = outputs_and_gradients(operands, "pallas_triton", blocks)
+    want = expected(operands, "pallas_triton")
+    errors = {name: relative_rms(got[name], want[name]) for name in want}
+    assert all(error < 1e-6 for error in errors.values()), errors
+
+
+def test_few_channels_are_cut_into_segments() -> None:
+    one_row = abstract(SCAN_CASES["b1_l2048_e4096"])
+    sizes = pallas_triton._sizes(one_row, {})
+    assert (sizes["forward_segments"], sizes["backward_segments"]) == (2, 4)
+    for shape in (SCAN_CASES["b8_l2048_e4096"], ScanShape(B=1, L=300, E=64, N=16)):
+        sizes = pallas_triton._sizes(abstract(shape), {})
+        assert (sizes["forward_segments"], sizes["backward_segments"]) == (1, 1)
+
+
+@pytest.mark.slow
 def test_long_document_of_few_channels(rng: np.random.Generator) -> None:
     """Many chunks: the state and its gradient go through all of them."""
     operands = draw(rng, ScanShape(B=1, L=700, E=8, N=16), leave_out=("reset_BL",))
