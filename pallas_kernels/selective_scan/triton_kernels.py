@@ -219,6 +219,7 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     the states before each, starts_BCEN; dt_BE4, the sums of what decays see of dt."""
     ref = dict(zip(names, refs, strict=True))
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
+    zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
     d = place.d() if "y_BLE" in ref else None
     inputs = _DRIVE + tuple(n for n in ("z_BLE",) if n in ref)
 
@@ -239,14 +240,15 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
             now = prepare(place, elements)
             b, c = halves(lanes, bc)
             u = lanes.split_rounded(now.u)
-            y = jnp.zeros((lanes.width, 4), jnp.float32)
+            entering = [lanes.outer(u, b[s]) for s in sets]
+            y = [zero_4] * STEPS
             for j in range(STEPS):
                 dt = lanes.of_step(now.decay_dt, j)[:, None]
                 for s in sets:
                     decay = lanes.exp2(dt * place.a[s])
-                    h[s] = lanes.fma(decay, h[s], lanes.outer(u, b[s], j))
+                    h[s] = lanes.fma(decay, h[s], entering[s][j])
                     if d is not None:
-                        y = lanes.over_states(y, h[s], c[s], j)
+                        y[j] = lanes.over_states(y[j], h[s], c[s])
             if d is not None:
                 out = lanes.fma(d, now.x, lanes.elements(y))
                 if "z_BLE" in elements:
@@ -287,11 +289,12 @@ def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                 z = elements["z_BLE"]
                 dyg = dyg * (z * lanes.sigmoid(z))
             dyg, (c, _) = lanes.split_rounded(dyg), halves(lanes, cb)
+            entering = [lanes.outer(dyg, c[s]) for s in sets]
             for j in reversed(range(STEPS)):
                 dt = lanes.of_step(now.decay_dt, j)[:, None]
                 for s in sets:
                     decay = lanes.exp2(dt * place.a[s])
-                    state[s] = decay * (state[s] + lanes.outer(dyg, c[s], j))
+                    state[s] = decay * (state[s] + entering[s][j])
             dt_sum = dt_sum + now.decay_dt
         return state, dt_sum
 
@@ -341,11 +344,12 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                     place.store_kept(h, trip * (again // plan.groups) + g // plan.groups)
                 now, (b, _) = prepare(place, elements), halves(lanes, bc)
                 u = lanes.split_rounded(now.u)
+                entering = [lanes.outer(u, b[s]) for s in sets]
                 for j in range(STEPS):
                     dt = lanes.of_step(now.decay_dt, j)[:, None]
                     for s in sets:
                         decay = lanes.exp2(dt * place.a[s])
-                        h[s] = lanes.fma(decay, h[s], lanes.outer(u, b[s], j))
+                        h[s] = lanes.fma(decay, h[s], entering[s][j])
             return h, touched
 
         *carry, touched = carry
@@ -403,15 +407,16 @@ def _trip_backward(
             dyg = dy * (z * sigmoid)
             through_gate = dy * (sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z)))
         u, dyg_across = lanes.split_rounded(now.u), lanes.across(dyg)
-        y, decays, carried = zero_4, [], []
+        entering = [lanes.outer(u, b[s]) for s in sets]
+        y, decays, carried = [zero_4] * STEPS, [], []
         sums: list[Parts] = [(zero_4, zero_4) for _ in sets]
         for j in range(STEPS):
             dt = lanes.of_step(now.decay_dt, j)[:, None]
             decays.append([lanes.exp2(dt * place.a[s]) for s in sets])
             carried.append([decays[j][s] * h[s] for s in sets])
             for s in sets:
-                h[s] = carried[j][s] + lanes.outer(u, b[s], j)
-                y = lanes.over_states(y, h[s], c[s], j)
+                h[s] = carried[j][s] + entering[s][j]
+                y[j] = lanes.over_states(y[j], h[s], c[s])
                 sums[s] = lanes.over_channels(sums[s], h[s], dyg_across, j)
         if through_gate is not None:
             out = lanes.fma(d, now.x, lanes.elements(y))
@@ -426,27 +431,27 @@ def _trip_backward(
     for i in reversed(range(len(groups))):
         now, dyg, c, b, decays, carried = kept[i]
         dyg_parts, u_across = lanes.split_rounded(dyg), lanes.across(now.u)
-        du = ddt = zero_4
+        entering = [lanes.outer(dyg_parts, c[s]) for s in sets]
+        du, ddt = [zero_4] * STEPS, [zero_4] * STEPS
         sums: list[Parts] = [(zero_4, zero_4) for _ in sets]
         for j in reversed(range(STEPS)):
             dt = lanes.of_step(now.decay_dt, j)[:, None]
             for s in sets:
-                own = lanes.outer(dyg_parts, c[s], j)
                 if decay_after is None:
-                    state[s] = state[s] + own
+                    state[s] = state[s] + entering[s][j]
                 else:
-                    state[s] = lanes.fma(decay_after[s], state[s], own)
-                du = lanes.over_states(du, state[s], b[s], j)
+                    state[s] = lanes.fma(decay_after[s], state[s], entering[s][j])
+                du[j] = lanes.over_states(du[j], state[s], b[s])
                 p = state[s] * carried[j][s]
-                ddt = lanes.over_states(ddt, p * place.a[s], ones, j)
+                ddt[j] = lanes.over_states(ddt[j], p * place.a[s], ones)
                 da[s] = lanes.fma(dt, p, da[s])
                 sums[s] = lanes.over_channels(sums[s], state[s], u_across, j)
             decay_after = decays[j]
-        du, ddt = lanes.elements(du), lanes.elements(ddt)
-        ddt = lanes.fma(du, now.x, ddt * LN_2) * lanes.sigmoid(now.raw)
-        dbias = dbias + ddt
-        place.put("dx_BLE", groups[i], lanes.fma(du, now.dt, d * dyg))
-        place.put("ddt_BLE", groups[i], ddt)
+        du_t, ddt_t = lanes.elements(du), lanes.elements(ddt) * LN_2
+        ddt_t = lanes.fma(du_t, now.x, ddt_t) * lanes.sigmoid(now.raw)
+        dbias = dbias + ddt_t
+        place.put("dx_BLE", groups[i], lanes.fma(du_t, now.dt, d * dyg))
+        place.put("ddt_BLE", groups[i], ddt_t)
         db[i] = [lanes.by_state(v) for v in sums]
     assert decay_after is not None
     state = [decay * v for decay, v in zip(decay_after, state, strict=True)]

@@ -104,12 +104,15 @@ class Lanes:
         e = self.exp2(jnp.abs(v) * -LOG2_E)
         if self.interpret:
             return jnp.maximum(v, 0) + jnp.log1p(e)
-        large = self._ptx("lg2.approx.ftz.f32 $0, $1;", "=f,f", 1 + e) * LN_2
+        large = self._ptx("lg2.approx.ftz.f32 $0, $1;", "=f,f", 1 + e)
         # log(1 + e) loses what 1 + e rounds away: below 1/32 its series, to 2^-25.
         small = self.fma(e, jnp.full_like(e, -1 / 4), jnp.full_like(e, 1 / 3))
         small = self.fma(-e, small, jnp.full_like(e, 1 / 2))
-        small = e * self.fma(-e, small, jnp.ones_like(e))
-        return jnp.maximum(v, 0) + jnp.where(e < 1 / 32, small, large)
+        small = self.fma(-e, small, jnp.ones_like(e))
+        near, positive = e < 1 / 32, jnp.maximum(v, 0)
+        return self.fma(
+            jnp.where(near, e, large), jnp.where(near, small, jnp.full_like(e, LN_2)), positive
+        )
 
     def of_step(self, v: Array, step: int) -> Array:
         """[T] elements to [T]: in every lane its channel's element of one step."""
@@ -134,29 +137,35 @@ class Lanes:
         """`split` for elements, where the instruction is cheap."""
         return self.split(v) if self.exact else (self.rounded(v),)
 
-    def outer(self, u: Parts, b: Parts, step: int) -> Array:
-        """u b of one step, [T, 4]; u elements, in `parts`, b as `arrange_outer` puts it."""
+    def outer(self, u: Parts, b: Parts) -> list[Array]:
+        """u b of each of 4 steps, [T, 4]; u elements, from `split_rounded`, b as `arrange_outer`
+        puts it."""
         nothing = jnp.zeros((self.width, 4), jnp.float32)
-        columns = [unzipped(_chosen(v, self._tile(self.step()) == step)) for v in b]
-        rows = [self._tile(v) for v in u]
-        # Rows 8 to 15 repeat the others: with 4 columns, no operand is filled up with zeros.
-        first, second = (
-            unzipped(self._products(nothing, rows, [self._tile(v[half]) for v in columns], k=4))
-            for half in range(2)
-        )
-        return zipped(first[0], first[1], second[0], second[1])
+        halves_of_b = list(zip(*(unzipped(v)[:2] for v in b), strict=True))
+        results = []
+        for step in (0, 2):
+            # One product serves two steps, its rows r and r + 8; others are masked.
+            masked = [[_chosen(v, self.step() == step + i) for i in range(2)] for v in u]
+            rows = [zipped(*pair, *pair) for pair in masked]
+            products = [
+                unzipped(self._products(nothing, rows, [self._tile(v) for v in half], k=4))
+                for half in halves_of_b
+            ]
+            for i in (0, 2):
+                results.append(zipped(*(v for p in products for v in p[i : i + 2])))
+        return results
 
-    def over_states(self, total: Array, h: Array, c: Parts, step: int) -> Array:
-        """Adds to `total`, [T, 4], the sums of h c over states, c as `arrange_inner` puts it.
+    def over_states(self, total: Array, h: Array, c: Parts) -> Array:
+        """total + sum_n h c, [T, 4], for h of one step and c of all, as `arrange_inner` puts it.
 
-        After four steps, `elements(total)` has the sums of all sets of states added to it."""
-        columns = [_chosen(v, self._tile(self.lane() >> 3) == step) for v in c]
-        return self._products(total, self.split(h), columns)
+        Of 4 such results, one for each step, `elements` takes what is meant."""
+        return self._products(total, self.split(h), c)
 
-    def elements(self, total: Array) -> Array:
-        """[T], elements, of what `over_states` has added up."""
-        first, _, _, last = unzipped(total)
-        return first + last
+    def elements(self, totals: Sequence[Array]) -> Array:
+        """[T], elements, of what `over_states` gave for each of 4 steps."""
+        t0, t1, t2, t3 = (_ends(v) for v in totals)
+        odd, late = (self.step() & 1) != 0, self.step() >= 2
+        return jnp.where(late, jnp.where(odd, t3, t2), jnp.where(odd, t1, t0))
 
     def over_channels(self, totals: Parts, h: Array, v: Parts, step: int) -> Parts:
         """Adds to both [T, 4] of `totals` the sums of h v over the warp's channels.
@@ -189,7 +198,7 @@ class Lanes:
 
     def by_state(self, totals: Parts) -> tuple[Array, Array]:
         """[T] twice: lane 4 i + step has the sums of states s and s + 2 of `sum_state`."""
-        return self.elements(totals[0]), self.elements(totals[1])
+        return _ends(totals[0]), _ends(totals[1])
 
     def _register(self) -> Array:
         return lax.broadcasted_iota(jnp.int32, (self.width, 4), 1)
@@ -242,6 +251,12 @@ class Lanes:
 
 def _bits(v: Array, dtype: Any) -> Array:
     return lax.bitcast_convert_type(v, dtype)
+
+
+def _ends(total: Array) -> Array:
+    """[T] of [T, 4]: where the two parts of a sum lie, in rows r and r + 8."""
+    first, _, _, last = unzipped(total)
+    return first + last
 
 
 def _chosen(v: Array, mask: Array) -> Array:
