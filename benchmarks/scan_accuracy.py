@@ -179,6 +179,7 @@ def check(
         got = programs.results(kind, inputs)
         again = programs.results(kind, inputs)
         same = equal_bits(got, again)
-        return judge(errors(got, want), dtype) | {"same_bits_again": same}
+        record = judge(errors(got, want), dtype) | {"same_bits_again": same}
+        return record if same else {"wrong": "the same inputs gave other bits"} | record
     except Exception as error:
         return {"wrong": in_short(error)}

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import sys
 import tempfile
 
 import jax
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
     if _OUTPUT.value is None:
         return
     record = {
-        "command": "python -m benchmarks.tpu_cycles --output results/kernels/tpu_bundles.json",
+        "command": " ".join(["python -m benchmarks.tpu_cycles", *sys.argv[1:]]),
         "commit": _COMMIT.value,
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),

@@ -9,6 +9,8 @@ and resets at document boundaries.
 
 Dtypes: state, decays and sums are in the inputs' common dtype and at least float32; y has x's
 dtype, every gradient that of its input, and the final state is float32 (float64 if an input is).
+Of bfloat16 inputs "pallas_triton" takes products with b and c on tensor cores, which cut their
+other factor to 11 bits.
 
 A neutral step: dt_raw = -1e4 makes dt exactly 0 and the decay exactly 1, so the state leaves the
 step as it came. Decoding uses it for rows that have nothing to read.
@@ -93,13 +95,16 @@ def selective_scan(
 
     Args:
       dt_BLE: step sizes before bias and softplus.
-      a_EN: decay rates, already negative (-exp(A_log) is the caller's).
+      a_EN: decay rates, already negative (-exp(A_log) is the caller's). With resets none may be
+        positive.
       d_E: weight of the skip connection.
       z_BLE: gate before SiLU. Without it y is not gated.
       dt_bias_E: added to dt_BLE.
-      reset_BL: True at t drops the state, h0_BEN too, before token t is read.
+      reset_BL: True at t drops the state, h0_BEN too, before token t is read. The kernels drop it
+        by a decay of 0, which inf and NaN outlive.
       h0_BEN: state before the first token, zero by default.
-      implementation: "reference", "xla" or None for the platform's best.
+      implementation: "reference", "xla", "pallas_triton", "pallas_tpu", or None for the platform's
+        best.
       blocks: block sizes of the implementation; results do not depend on them.
 
     Returns:

@@ -73,7 +73,7 @@ _DTYPES = (jnp.float32, jnp.bfloat16)
 _LEAST_RATE = 1e-30
 
 
-# A v5p has 64 MiB of VMEM, v5e and v6e 128 MiB; some is left to the compiler.
+# A v5p has 64 MiB of VMEM, v5e and v6e 128 MiB, older ones less; some is left to the compiler.
 _MOST_VMEM = 62 * 2**20
 # What the compiler adds on its own.
 _SPILLS = 2**20
@@ -264,12 +264,15 @@ def _kernel(
       Unsupported: it would not fit in VMEM.
     """
     need = _vmem_bytes((in_specs, out_specs), (inputs, out_shape), scratch)
-    if need > _MOST_VMEM:
+    most = _MOST_VMEM
+    if not grid.interpret:
+        most = min(most, pltpu.get_tpu_info().vmem_capacity_bytes * 31 // 32)
+    if need > most:
         raise Unsupported(
             f"blocks of C={grid.C} steps of N={grid.N} states and E={grid.E} channels need "
-            f"{need / 2**20:.0f} MiB of VMEM, which must be at most {_MOST_VMEM / 2**20:.0f}"
+            f"{need / 2**20:.0f} MiB of VMEM, which must be at most {most / 2**20:.0f}"
         )
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(body, L=grid.L, E=grid.E, unroll=not grid.interpret),
         grid=(grid.B, grid.Z, grid.K),
         in_specs=in_specs,
@@ -283,6 +286,12 @@ def _kernel(
         interpret=grid.interpret,
         name=name,
     )
+
+    def run(*arrays: Any) -> Any:
+        with jax.enable_x64(False):  # indices are 32 bit wide
+            return call(*arrays)
+
+    return run
 
 
 def _like(v: Array) -> jax.ShapeDtypeStruct:

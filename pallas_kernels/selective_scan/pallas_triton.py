@@ -4,10 +4,10 @@
     h_t  = exp(dt_t a) h_{t-1} + (dt_t x_t) b_t
     y_t  = (h_t c_t + d x_t) SiLU(z_t)
 
-(Mamba, arXiv 2312.00752, section 3.) One kernel forward, one backward, everything in one pass over
-memory; serial in time, parallel over the batch and channels. Where that leaves the machine idle, L
-is cut into segments that run side by side: a first pass finds the state before each segment (the
-gradient after it), as the decay of a segment is exp(a sum dt).
+(Mamba, arXiv 2312.00752, section 3.) One kernel forward, one backward, everything between inputs
+and outputs in one pass; serial in time, parallel over the batch and channels. Where that leaves the
+machine idle, L is cut into segments that run side by side: a first pass finds the state before each
+segment (the gradient after it), as the decay of a segment is exp(a sum dt).
 
 State, decays and sums are float32, results are rounded once. With bfloat16 x, b and c the products
 with b and c cut their other factor to tf32; otherwise they are as exact as float32
@@ -15,8 +15,11 @@ with b and c cut their other factor to tf32; otherwise they are as exact as floa
 of 64 steps, one byte per element at N = 16. Deterministic: the gradients of b and c are summed over
 the channels of a program in its kernel and over programs by XLA, always in the same order.
 
-What is padded: L to whole chunks (steps with dt = 0), E to the channels of a program, N to 16, 32
-or 64 (states that stay 0).
+What is padded, and copied where it does not fit: L to whole chunks (steps with dt = 0), E to the
+channels of a program, N to 16, 32 or 64 (states that stay 0).
+
+JAX deprecates its lowering of Pallas to Triton; jax-triton, which compiles Triton's own language,
+is the way on. The kernels' bodies are written in what both have: vectors, loops, inline PTX.
 """
 
 import dataclasses
@@ -81,9 +84,9 @@ def forward(
     groups = _filled(L, STEPS * sizes["forward_groups"]) // STEPS
     chunk = _filled(L, sizes["chunk"]) if for_backward else None
     unit = chunk or STEPS * groups
-    padded = _padded(operands, warps, unit)
+    segments = _segments(L, unit, sizes["forward_segments"])
+    padded = _padded(operands, warps, unit * segments)
     B, steps, channels = padded.x_BLE.shape
-    segments = _segments(steps // unit, sizes["forward_segments"])
     plan = _plan(operands, padded, warps, groups, segments)
     inputs = _inputs(_cut(padded, segments))
     if segments > 1:
@@ -111,16 +114,18 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     N = operands.a_EN.shape[1]
     sizes = _sizes(operands, blocks)
     warps, chunk = _warps(E, sizes["backward_warps"]), _filled(L, sizes["chunk"])
-    padded = _padded(operands, warps, chunk)
+    segments = _segments(L, chunk, sizes["backward_segments"])
+    padded = _padded(operands, warps, chunk * segments)
     B, steps, channels = padded.x_BLE.shape
     states = padded.a_EN.shape[1]
-    segments = _segments(steps // chunk, sizes["backward_segments"])
     groups = min(sizes["backward_groups"], chunk // STEPS)
     plan = _plan(operands, padded, warps, groups, segments)
     cut = _cut(padded, segments)
     inputs = _inputs(cut)
     del inputs["h0_BEN"]
-    starts_BCEN = _pad(starts_BCEN[:, :, :channels], {2: channels})
+    # As many chunks and channels as here: what the forward pass padded changes nothing.
+    starts_BCEN = starts_BCEN[:, : steps // chunk, :channels]
+    starts_BCEN = _pad(starts_BCEN, {1: steps // chunk, 2: channels})
     d_state = _pad(d_out.h_BEN.astype(jnp.float32), {1: channels, 2: states})
     inputs |= {
         "cb": _arranged(cut.c_BLN, cut.b_BLN),
@@ -218,6 +223,10 @@ def _alone(
 
 
 def _check(operands: Operands) -> None:
+    if not operands.x_BLE.size:
+        raise Unsupported(f"{operands.x_BLE.shape=} must have elements")
+    if not dispatch.interpreted("gpu") and "NVIDIA" not in dispatch.device_kind():
+        raise Unsupported(f"its instructions are NVIDIA's, and this is {dispatch.device_kind()}")
     N = operands.a_EN.shape[1]
     if N > _LARGEST_N:
         raise Unsupported(f"{N=} states must be at most {_LARGEST_N}")
@@ -269,9 +278,9 @@ def _enough(B: int, L: int, E: int, warps: int) -> int:
     return segments
 
 
-def _segments(units: int, wanted: int) -> int:
-    """As many as divide L."""
-    while wanted > 1 and units % wanted:
+def _segments(L: int, unit: int, wanted: int) -> int:
+    """Fewer than wanted rather than a copy of the inputs, padded, that is not needed otherwise."""
+    while wanted > 1 and L % unit == 0 and L // unit % wanted:
         wanted //= 2
     return wanted
 
@@ -375,7 +384,7 @@ def _call(
     rows, _, channels = inputs["dt_BLE"].shape
     rows, parts = grid or (rows, 1)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    results = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel, names=names, plan=plan),
         out_shape=tuple(outputs.values()),
         grid=(rows, channels // (CHANNELS * plan.lanes.warps), parts),
@@ -384,5 +393,7 @@ def _call(
         compiler_params=plgpu.CompilerParams(num_warps=plan.lanes.warps, num_stages=1),
         name=f"selective_scan_{kernel.__name__}",
         interpret=plan.lanes.interpret,
-    )(*inputs.values())
+    )
+    with jax.enable_x64(False):  # indices are 32 bit wide
+        results = call(*inputs.values())
     return dict(zip(outputs, results, strict=True))

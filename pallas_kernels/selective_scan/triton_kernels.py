@@ -78,6 +78,7 @@ class Place:
         # Rates for exp2, per set of states.
         self.a = [plgpu.load(ref["a_EN"].at[self.channels, n]) * LOG2_E for n in self.states]
         self.dt_bias = plgpu.load(ref["dt_bias_E"].at[self.channel])
+        self.d = plgpu.load(ref["d_E"].at[self.channel]) if "d_E" in ref else None
         # 1, which the compiler does not know: see the module's docstring.
         self.one = plgpu.load(ref["one"].at[self.row * 0])
 
@@ -99,7 +100,7 @@ class Place:
         return bits
 
     def factors(self, name: str, group: Array) -> list[Array]:
-        """[T, 4] of each set of states: what `arranged` in `pallas_triton.py` put side by side."""
+        """[T, 4] of each set of states: what `_arranged` in `pallas_triton.py` put side by side."""
         ref, sets = self.ref[name], range(self.plan.sets)
         return [plgpu.load(ref.at[self.row, group, s, self.lanes_4, self.four]) for s in sets]
 
@@ -116,9 +117,6 @@ class Place:
         """[T, 4] of each set, of [B, ..., E, N]."""
         ref = self.ref[name]
         return [plgpu.load(ref.at[self.row, *index, self.channels, n]) for n in self.states]
-
-    def d(self) -> Array:
-        return plgpu.load(self.ref["d_E"].at[self.channel])
 
     def store_states(self, name: str, tiles: list[Array], *index: Array) -> None:
         ref = self.ref[name]
@@ -205,7 +203,7 @@ def prepare(place: Place, loaded: Mapping[str, Array]) -> Prepared:
 
 
 def halves(lanes: Lanes, tiles: list[Array]) -> tuple[list[Parts], list[Parts]]:
-    """The two operands that `pallas_triton.arrange` put side by side, for `outer` and `inner`."""
+    """The two operands that `pallas_triton._arranged` put side by side, for `outer` and `inner`."""
     outer, inner = [], []
     for tile in tiles:
         v0, v1, v2, v3 = unzipped(tile)
@@ -214,13 +212,18 @@ def halves(lanes: Lanes, tiles: list[Array]) -> tuple[list[Parts], list[Parts]]:
     return outer, inner
 
 
+def _added(dt_sum: Array, decay_dt: Array) -> Array:
+    """However many resets there are, the sum stays finite."""
+    return jnp.minimum(dt_sum + decay_dt, RESET_DT)
+
+
 def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     """h_BEN, the states after the last step, and what else there is room for: y_BLE; with chunks
     the states before each, starts_BCEN; dt_BE4, the sums of what decays see of dt."""
     ref = dict(zip(names, refs, strict=True))
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
-    d = place.d() if "y_BLE" in ref else None
+    d = place.d
     inputs = _DRIVE + tuple(n for n in ("z_BLE",) if n in ref)
 
     def fetch(trip: Array) -> Any:
@@ -256,7 +259,7 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                     out = out * (z * lanes.sigmoid(z))
                 place.put("y_BLE", trip * plan.groups + i, out)
             if dt_sum is not None:
-                dt_sum = dt_sum + now.decay_dt
+                dt_sum = _added(dt_sum, now.decay_dt)
         return h, dt_sum
 
     dt_sum = jnp.zeros((lanes.width,), jnp.float32) if "dt_BE4" in ref else None
@@ -295,7 +298,7 @@ def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                 for s in sets:
                     decay = lanes.exp2(dt * place.a[s])
                     state[s] = decay * (state[s] + entering[s][j])
-            dt_sum = dt_sum + now.decay_dt
+            dt_sum = _added(dt_sum, now.decay_dt)
         return state, dt_sum
 
     start = (place.load_states("dh_BEN"), jnp.zeros((lanes.width,), jnp.float32))
@@ -321,7 +324,7 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
     assert plan.chunk
     chunks, in_chunk = plan.L // plan.chunk, plan.chunk // STEPS
-    trips, again = in_chunk // plan.groups, min(_AGAIN, in_chunk)
+    trips, again = in_chunk // plan.groups, min(max(_AGAIN, plan.groups), in_chunk)
     zero = jnp.zeros((lanes.width,), jnp.float32)
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
     later = tuple(n for n in ("z_BLE", "dy_BLE") if n in ref)
@@ -393,7 +396,8 @@ def _trip_backward(
     """carry: gradient of the state after the trip, and the sums so far of a's, d's, dt_bias's."""
     lanes, sets = place.plan.lanes, range(place.plan.sets)
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
-    d, (state, da, dd, dbias) = place.d(), carry
+    d, (state, da, dd, dbias) = place.d, carry
+    assert d is not None
     h, state, da = list(h), list(state), list(da)
     kept, dc = [], []
     for group, (elements, bc, cb) in zip(groups, loaded, strict=True):

@@ -22,6 +22,10 @@ Special functions are written as PTX in their approximate forms (ex2, lg2, rcp: 
 2^-22 or less, denormals flushed), because the library's are several times longer, and so are
 fused multiply-adds, because XLA contracts nothing by itself. Interpreted on a CPU, every
 operation has its meaning in jax.numpy.
+
+All this rests on Triton's giving row i of [T] and of [T, 4] to thread i, which it does because
+nothing here asks for another layout. A compiler that chose otherwise would be found by the check
+against float64 that comes before every measurement (`benchmarks/selective_scan.py`).
 """
 
 import math
@@ -62,11 +66,11 @@ class Lanes:
 
     def lane(self) -> Array:
         """[T], 0 to 31."""
-        return jnp.arange(self.width) & 31
+        return jnp.arange(self.width, dtype=jnp.int32) & 31
 
     def channel(self) -> Array:
         """[T], the lane's channel among the program's 8 W."""
-        return jnp.arange(self.width) >> 2
+        return jnp.arange(self.width, dtype=jnp.int32) >> 2
 
     def step(self) -> Array:
         """[T], the lane's step of four, for elements."""
@@ -122,8 +126,10 @@ class Lanes:
         return self._ptx(f"shfl.sync.idx.b32 $0, $1, {step}, 0x1c1f, 0xffffffff;", "=f,f", v)
 
     def rounded(self, v: Array) -> Array:
-        """Half a unit of tf32 more, so that a product, which cuts v, rounds it."""
-        return v if self.interpret else _bits(_bits(v, jnp.int32) + 2**12, jnp.float32)
+        """Half a unit of tf32 more, so that a product, which cuts v, rounds it. NaN stays NaN."""
+        if self.interpret:
+            return v
+        return jnp.where(jnp.isnan(v), v, _bits(_bits(v, jnp.int32) + 2**12, jnp.float32))
 
     def split(self, v: Array) -> Parts:
         """What products take for v. With `exact` v rounded to tf32 and the rest, else v as it is,
@@ -131,7 +137,7 @@ class Lanes:
         if not self.exact:
             return (v,)
         leading = _bits((_bits(v, jnp.int32) + 2**12) & -(2**13), jnp.float32)
-        return leading, self.rounded(v - leading)
+        return leading, v - leading  # the rest is NaN where v is
 
     def split_rounded(self, v: Array) -> Parts:
         """`split` for elements, where the instruction is cheap."""
@@ -197,7 +203,8 @@ class Lanes:
         return self.split_rounded(self._ptx(code, "=f,f,r", v, source))
 
     def by_state(self, totals: Parts) -> tuple[Array, Array]:
-        """[T] twice: lane 4 i + step has the sums of states s and s + 2 of `sum_state`."""
+        """[T] twice: lane 4 i + step has the sums of states s and s + 2, where
+        s = 4 (i & 3) + (i >> 2)."""
         return _ends(totals[0]), _ends(totals[1])
 
     def _register(self) -> Array:
@@ -275,11 +282,6 @@ def zipped(v0: Array, v1: Array, v2: Array, v3: Array) -> Array:
     """[T, 4] of columns."""
     even, odd = jnp.stack([v0, v2], axis=-1), jnp.stack([v1, v3], axis=-1)
     return jnp.stack([even, odd], axis=-1).reshape(-1, 4)
-
-
-def sum_state(lane: Array) -> Array:
-    """The first state of 16 whose sum `Lanes.by_state` leaves in a lane."""
-    return 4 * (lane >> 2 & 3) + (lane >> 4)
 
 
 def arrange_outer(b_BLN: Array) -> Array:

@@ -60,6 +60,13 @@ def test_selective_scan_lowers(case, implementation, platform):
     assert lowers(loss, shapes, platform, MARKS[implementation])
 
 
+@pytest.mark.parametrize(("platform", "implementation"), SCANS)
+def test_selective_scan_lowers_beside_float64(implementation, platform):
+    """With x64 enabled, of inputs that are narrower."""
+    with jax.enable_x64(True):
+        test_selective_scan_lowers("b1_l2048_e4096", implementation, platform)
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("case", ATTENTION_CASES)
 def test_memory_attention_lowers(case, platform):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels import Unsupported
 from pallas_kernels.selective_scan import pallas_triton
 from pallas_kernels.selective_scan.operands import Operands, ScanOutput
 from pallas_kernels.shapes import SCAN_CASES, ScanShape
@@ -90,6 +91,16 @@ def test_wrong_blocks_are_named(
     operands = draw(rng, ScanShape(B=1, L=64, E=8, N=16))
     with pytest.raises(ValueError, match=message):
         outputs_and_gradients(operands, "pallas_triton", blocks)
+
+
+def test_other_devices_are_refused(rng: np.random.Generator) -> None:
+    operands = abstract(SCAN_CASES["b1_l2048_e4096"])
+    other = AbstractDevice("AMD Instinct MI300X", None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=other)):
+        with pytest.raises(Unsupported, match="this is AMD Instinct MI300X"):
+            pallas_triton.forward(operands, {}, for_backward=False)
+    with pytest.raises(Unsupported, match="must have elements"):
+        run(draw(rng, ScanShape(B=0, L=4, E=8, N=16)), "pallas_triton")
 
 
 @pytest.mark.slow

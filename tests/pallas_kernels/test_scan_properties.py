@@ -24,7 +24,16 @@ from pallas_kernels.shapes import ScanShape
 
 KERNELS = [name for name in api.IMPLEMENTATIONS if name not in ("reference", "xla")]
 # So that a few steps cross the borders of chunks; kernels pad to a whole chunk in any case.
-BLOCKS: Mapping[str, dict[str, int]] = {"xla": {"chunk": 3}}
+BLOCKS: Mapping[str, dict[str, int]] = {
+    "xla": {"chunk": 3},
+    "pallas_triton": {
+        "chunk": 16,
+        "forward_groups": 1,
+        "backward_groups": 1,
+        "forward_segments": 2,
+        "backward_segments": 4,
+    },
+}
 # Relative root mean square. float32: rounding 6e-8, in sums that may cancel where a tensor has few
 # elements. bfloat16: the rounding of the result, 2^-9 at most.
 TOLERANCE: Mapping[str, float] = {"float32": 2e-5, "bfloat16": 5e-3}

@@ -22,7 +22,7 @@ KERNELS: Mapping[str, list[dict[str, int]]] = {
     "pallas_triton": [
         {"chunk": 8, "forward_groups": 2, "backward_groups": 1},
         {"chunk": 16, "forward_groups": 1, "backward_groups": 4},
-        {"chunk": 32, "forward_groups": 8, "backward_groups": 2},
+        {"chunk": 32, "forward_groups": 8, "backward_groups": 8},
     ],
 }
 # Block sizes of every backend; the first entry cuts SHAPE into several chunks, unevenly.
