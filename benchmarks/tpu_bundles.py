@@ -179,9 +179,8 @@ def measure(chip: str, shape: ScanShape, dump: pathlib.Path) -> dict[str, dict[s
     """Compiles everything for one chip: {variant: {program: count}}."""
     devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices[:1]
     mesh = Mesh(np.array(devices), ("one",))
-    target = jax.sharding.AbstractMesh(
-        (), (), abstract_device=jax.sharding.AbstractDevice(chip, None, platform="tpu")
-    )
+    device = jax.sharding.AbstractDevice(devices[0].device_kind, None, platform="tpu")
+    target = jax.sharding.AbstractMesh((), (), abstract_device=device)
     counts: dict[str, dict[str, Count]] = {}
     for variant in VARIANTS:
         counts[variant] = {}
