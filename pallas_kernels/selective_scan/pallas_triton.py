@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
@@ -128,7 +129,7 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     starts_BCEN = _pad(starts_BCEN, {1: steps // chunk, 2: channels})
     d_state = _pad(d_out.h_BEN.astype(jnp.float32), {1: channels, 2: states})
     inputs |= {
-        "cb": _arranged(cut.c_BLN, cut.b_BLN),
+        "factors": _arranged(cut, backward=True),
         "starts_BCEN": starts_BCEN.reshape(-1, plan.L // chunk, channels, states),
         "dy_BLE": _pad(d_out.y_BLE, {1: steps, 2: channels}).reshape(cut.x_BLE.shape),
         "dh_BEN": d_state,
@@ -146,7 +147,7 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
         "dd_BE4": f32((rows, channels, 4)),
         "ddt_bias_BE4": f32((rows, channels, 4)),
         "dh0_BEN": f32((rows, channels, states)),
-        "kept": f32((rows, programs, chunk // (STEPS * groups), plan.sets, plan.lanes.width, 4)),
+        "kept": f32((rows, programs, chunk // STEPS, plan.sets, plan.lanes.width, 4)),
     }
     if operands.z_BLE is not None:
         outputs["dz_BLE"] = jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.z_BLE.dtype)
@@ -197,7 +198,7 @@ def _adjoints_at_borders(inputs: dict[str, Array], plan: Plan, B: int) -> Array:
     S = inputs["x_BLE"].shape[0] // B
     rest = jnp.zeros((B, S - 1, *dh_BEN.shape[1:]), jnp.float32)
     alone = jnp.concatenate([rest, dh_BEN[:, None]], 1).reshape(-1, *dh_BEN.shape[1:])
-    unneeded = ("x_BLE", "d_E", "bc", "starts_BCEN")
+    unneeded = ("x_BLE", "d_E", "starts_BCEN")
     needed = {n: v for n, v in inputs.items() if n not in unneeded} | {"dh_BEN": alone}
     firsts, decays = _alone(
         adjoint_kernel, needed, "dh0_BEN", dataclasses.replace(plan, first_row=1), B
@@ -348,6 +349,7 @@ def _plan(o: Operands, padded: Operands, warps: int, groups: int, segments: int)
         L=padded.x_BLE.shape[1] // segments,
         sets=padded.a_EN.shape[1] // STATES,
         groups=groups,
+        packed=_packed(o),
     )
 
 
@@ -355,12 +357,24 @@ def _inputs(cut: Operands) -> dict[str, Array]:
     """What the kernels read, by name; `one` is 1 (see `triton_kernels.py`)."""
     arrays = {n: v for n, v in cut._asdict().items() if v is not None}
     del arrays["b_BLN"], arrays["c_BLN"]
-    return arrays | {"bc": _arranged(cut.b_BLN, cut.c_BLN), "one": jnp.ones((1,), jnp.int32)}
+    factors = _arranged(cut, backward=False)
+    return arrays | {"factors": factors, "one": jnp.ones((1,), jnp.int32)}
 
 
-def _arranged(outer_BLN: Array, inner_BLN: Array) -> Array:
-    """[B, L / 4, N / 16, 32, 4]: what each lane needs of a group of 4 steps, in one load."""
-    return jnp.concatenate([arrange_outer(outer_BLN), arrange_inner(inner_BLN)], axis=-1)
+def _packed(o: Operands) -> bool:
+    return o.b_BLN.dtype == o.c_BLN.dtype == jnp.bfloat16
+
+
+def _arranged(cut: Operands, *, backward: bool) -> Array:
+    """[B, L / 4, N / 16, 32, R], int32: what each lane needs of a group of 4 steps, in the order
+    of `triton_kernels.OUTER_B` and its like; one register of two bfloat16 per operand or two."""
+    b, c = cut.b_BLN, cut.c_BLN
+    pairs = [arrange_outer(b), arrange_inner(c)]
+    if backward:
+        pairs += [arrange_outer(c), arrange_inner(b)]
+    dtype = jnp.bfloat16 if _packed(cut) else jnp.float32
+    registers = lax.bitcast_convert_type(jnp.stack(pairs, axis=-2).astype(dtype), jnp.int32)
+    return registers.reshape(*registers.shape[:4], -1)
 
 
 def _sums_in_order(dbc: Array) -> tuple[Array, Array]:

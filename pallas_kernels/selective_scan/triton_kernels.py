@@ -38,8 +38,9 @@ from pallas_kernels.selective_scan.triton_lanes import (
 
 Refs = Mapping[str, Any]
 
-# The bits of a NaN, in float32 and in bfloat16.
-UNLIKELY = 0x7FC10000
+# The operands of products with b and c, as `pallas_triton._arranged` puts them side by side; the
+# forward pass has the first two.
+OUTER_B, INNER_C, OUTER_C, INNER_B = range(4)
 # What drives the states.
 _DRIVE = ("x_BLE", "dt_BLE")
 # Groups of a trip in which the backward pass computes states again.
@@ -49,13 +50,14 @@ _AGAIN = 4
 @dataclass(frozen=True)
 class Plan:
     """Static sizes: L tokens, sets of 16 states, groups of 4 steps in a trip, and a chunk, the
-    steps between saved states (None: none are saved). Program (i, j, k) of the grid works on row
-    `rows` i + k + `first_row`."""
+    steps between saved states (None: none are saved). `packed`: b and c come as pairs of bfloat16.
+    Program (i, j, k) of the grid works on row `rows` i + k + `first_row`."""
 
     lanes: Lanes
     L: int
     sets: int
     groups: int
+    packed: bool
     chunk: int | None = None
     rows: int = 1
     first_row: int = 0
@@ -67,12 +69,14 @@ class Place:
     def __init__(self, ref: Refs, plan: Plan):
         self.ref, self.plan = ref, plan
         lanes = plan.lanes
-        self.row = pl.program_id(0) * plan.rows + pl.program_id(2) + plan.first_row
-        self.block = pl.program_id(1)
+        row = pl.program_id(0) * plan.rows + pl.program_id(2) + plan.first_row
+        total, _, channels = ref["dt_BLE"].shape
+        self.row = bounded(row, total)
+        self.block = bounded(pl.program_id(1), channels // (CHANNELS * lanes.warps))
         self.channel = self.block * (CHANNELS * lanes.warps) + lanes.channel()
         self.step = lanes.step()
         self.channels = jnp.broadcast_to(self.channel[:, None], (lanes.width, 4))
-        self.lanes_4 = jnp.broadcast_to(lanes.lane()[:, None], (lanes.width, 4))
+        self.lane = lanes.lane()
         self.four = lax.broadcasted_iota(jnp.int32, (lanes.width, 4), 1)
         self.states = [STATES * s + lanes.states() for s in range(plan.sets)]
         # Rates for exp2, per set of states.
@@ -90,19 +94,27 @@ class Place:
             loaded["reset_BL"] = plgpu.load(self.ref["reset_BL"].at[self.row, t])
         return loaded
 
-    def bits(self, values: Any) -> Array:
-        """All bits of elements that were read only to bring them into the caches, by "and".
+    def factors(self, group: Array, first: int, last: int) -> list[list[Array]]:
+        """Of each set of states the registers, [T] of 32 bits, of some of the operands."""
+        per_operand = 1 if self.plan.packed else 2
+        start, count = first * per_operand, (last + 1 - first) * per_operand
+        width = min(count, 4)
+        loads = range(start, start + count, width)
+        return [
+            [v for r in loads for v in self._registers(group, s, r, width)]
+            for s in range(self.plan.sets)
+        ]
 
-        The loads are not dropped if the result is used; it is `UNLIKELY` only if all are NaN."""
-        bits = jnp.full((self.plan.lanes.width,), -1, jnp.int32)
-        for v in jax.tree.leaves(values):
-            bits &= lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32)
-        return bits
+    def _registers(self, group: Array, s: int, first: int, width: int) -> tuple[Array, ...]:
+        def load(lane: Array, register: Any) -> Array:
+            return plgpu.load(self.ref["factors"].at[self.row, group, s, lane, register])
 
-    def factors(self, name: str, group: Array) -> list[Array]:
-        """[T, 4] of each set of states: what `_arranged` in `pallas_triton.py` put side by side."""
-        ref, sets = self.ref[name], range(self.plan.sets)
-        return [plgpu.load(ref.at[self.row, group, s, self.lanes_4, self.four]) for s in sets]
+        if width == 1:
+            return (load(self.lane, first),)
+        shape = (self.plan.lanes.width, width)
+        lane = jnp.broadcast_to(self.lane[:, None], shape)
+        loaded = load(lane, first + lax.broadcasted_iota(jnp.int32, shape, 1))
+        return unzipped(loaded) if width == 4 else tuple(jnp.unstack(loaded, axis=1))
 
     def put(self, name: str, group: Array, value: Array) -> None:
         """Writes [T] elements of a group."""
@@ -123,20 +135,20 @@ class Place:
         for n, tile in zip(self.states, tiles, strict=True):
             plgpu.store(ref.at[self.row, *index, self.channels, n], tile)
 
-    def _kept(self, trip: Array) -> list[Any]:
+    def _kept(self, group: Array) -> list[Any]:
         thread = jnp.broadcast_to(
             jnp.arange(self.plan.lanes.width)[:, None], (self.plan.lanes.width, 4)
         )
-        index = (self.row, self.block, trip)
+        index = (self.row, self.block, group)
         return [self.ref["kept"].at[*index, s, thread, self.four] for s in range(self.plan.sets)]
 
-    def store_kept(self, tiles: list[Array], trip: Array) -> None:
-        """Keeps the state before a trip, to be read by the same lanes."""
-        for at, tile in zip(self._kept(trip), tiles, strict=True):
+    def store_kept(self, tiles: list[Array], group: Array) -> None:
+        """Keeps the state before a group of the chunk, to be read by the same lanes."""
+        for at, tile in zip(self._kept(group), tiles, strict=True):
             plgpu.store(at, tile)
 
-    def load_kept(self, trip: Array) -> list[Array]:
-        return [plgpu.load(at) for at in self._kept(trip)]
+    def load_kept(self, group: Array) -> list[Array]:
+        return [plgpu.load(at) for at in self._kept(group)]
 
     def store_sums(self, tiles: list[Array], group: Array, s: int) -> None:
         """The program's share of the gradients of b and c, in successive groups: [T, 4] each,
@@ -157,29 +169,53 @@ def in_trips(
     compute: Callable[[Array, Any, Any], Any],
     carry: Any,
 ) -> Any:
-    """carry after compute(trip, fetch(trip), carry) for every trip, loads one trip ahead.
+    """carry after compute(trip, arrived(fetch(trip)), carry) for every trip, loads one ahead."""
 
-    `compute` gets everything in float32."""
+    def convert(loaded: Any) -> Any:
+        return jax.tree.map(lambda v: arrived(v, place.plan.packed), loaded)
 
-    def arrived(loaded: Any) -> Any:
-        return jax.tree.map(lambda v: v.astype(jnp.float32), loaded)
+    def never(loaded: Any) -> Any:
+        return jax.tree.map(lambda v: jax.tree.map(lambda _: _used(v), arrived(v, place.plan.packed)), loaded)
 
     def turn(trip: Array, state: Any) -> Any:
         carry, ready = state
         loaded = fetch(jnp.minimum(trip + 1, trips - 1))
         return lax.cond(
             trip < trips * place.one,
-            lambda carry, ready: (compute(trip, ready, carry), arrived(loaded)),
-            # Never taken. Its use of what was loaded keeps the loads before the branch.
-            lambda carry, ready: (carry, jax.tree.map(jnp.negative, arrived(loaded))),
+            lambda carry, ready: (compute(trip, ready, carry), convert(loaded)),
+            # Never taken. Its use of what was loaded keeps the loads before the branch; it has
+            # nothing in common with the other, or that would move before the branch, too.
+            lambda carry, ready: (carry, never(loaded)),
             carry,
             ready,
         )
 
-    first = arrived(fetch(jnp.int32(0)))
+    first = convert(fetch(jnp.int32(0)))
     if trips == 1:
         return compute(jnp.int32(0), first, carry)
     return lax.fori_loop(0, trips, turn, (carry, first))[0]
+
+
+def arrived(v: Array, packed: bool) -> Any:
+    """What was loaded as float32: two values of a packed register, else one."""
+    if v.dtype != jnp.int32:
+        return v.astype(jnp.float32)
+    if not packed:
+        return lax.bitcast_convert_type(v, jnp.float32)
+    return tuple(lax.bitcast_convert_type(half, jnp.float32) for half in (v << 16, v & -(2**16)))
+
+
+def _used(v: Array) -> Array:
+    """Some float32 values that depend on v and are not what v arrives as."""
+    bits = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[v.dtype.itemsize]
+    return (3 * lax.bitcast_convert_type(v, bits).astype(jnp.int32)).astype(jnp.float32)
+
+
+def bounded(index: Array, size: int) -> Array:
+    """An index below size, which the compiler learns (it knows of bits, not of bounds).
+
+    It can then put differences of addresses, which cannot overflow, into the instructions."""
+    return index & ((1 << (size - 1).bit_length()) - 1)
 
 
 class Prepared(NamedTuple):
@@ -202,14 +238,14 @@ def prepare(place: Place, loaded: Mapping[str, Array]) -> Prepared:
     return Prepared(raw, dt, decay_dt, x, dt * x)
 
 
-def halves(lanes: Lanes, tiles: list[Array]) -> tuple[list[Parts], list[Parts]]:
-    """The two operands that `pallas_triton._arranged` put side by side, for `outer` and `inner`."""
-    outer, inner = [], []
-    for tile in tiles:
-        v0, v1, v2, v3 = unzipped(tile)
-        outer.append(lanes.split(zipped(v0, v1, v0, v1)))
-        inner.append(lanes.split(zipped(v2, v3, v2, v3)))
-    return outer, inner
+def operands(lanes: Lanes, registers: list[Any]) -> list[list[Parts]]:
+    """Per operand and set of states, what products take, of arrived registers."""
+    per_set = []
+    for of_set in registers:
+        v = jax.tree.leaves(of_set)
+        pairs = zip(v[::2], v[1::2], strict=True)
+        per_set.append([lanes.split(zipped(*pair, *pair)) for pair in pairs])
+    return [list(of_operand) for of_operand in zip(*per_set, strict=True)]
 
 
 def _added(dt_sum: Array, decay_dt: Array) -> Array:
@@ -225,10 +261,11 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
     d = place.d
     inputs = _DRIVE + tuple(n for n in ("z_BLE",) if n in ref)
+    last = OUTER_B if d is None else INNER_C
 
     def fetch(trip: Array) -> Any:
         groups = [trip * plan.groups + i for i in range(plan.groups)]
-        return [(place.elements(inputs, g), place.factors("bc", g)) for g in groups]
+        return [(place.elements(inputs, g), place.factors(g, OUTER_B, last)) for g in groups]
 
     def compute(trip: Array, loaded: Any, carry: Any) -> Any:
         h, dt_sum = list(carry[0]), carry[1]
@@ -239,9 +276,9 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
             def _save() -> None:
                 place.store_states("starts_BCEN", h, trip >> (per_chunk.bit_length() - 1))
 
-        for i, (elements, bc) in enumerate(loaded):
+        for i, (elements, registers) in enumerate(loaded):
             now = prepare(place, elements)
-            b, c = halves(lanes, bc)
+            b, *c = operands(lanes, registers)
             u = lanes.split_rounded(now.u)
             entering = [lanes.outer(u, b[s]) for s in sets]
             y = [zero_4] * STEPS
@@ -251,7 +288,7 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                     decay = lanes.exp2(dt * place.a[s])
                     h[s] = lanes.fma(decay, h[s], entering[s][j])
                     if d is not None:
-                        y[j] = lanes.over_states(y[j], h[s], c[s])
+                        y[j] = lanes.over_states(y[j], h[s], c[0][s])
             if d is not None:
                 out = lanes.fma(d, now.x, lanes.elements(y))
                 if "z_BLE" in elements:
@@ -280,18 +317,19 @@ def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     trips = plan.L // (STEPS * plan.groups)
 
     def fetch(i: Array) -> Any:
-        groups = [(trips - 1 - i) * plan.groups + g for g in range(plan.groups)]
-        return [(place.elements(inputs, g), place.factors("cb", g)) for g in groups]
+        first = bounded(trips - 1 - i, trips) * plan.groups
+        groups = [first + g for g in range(plan.groups)]
+        return [(place.elements(inputs, g), place.factors(g, OUTER_C, OUTER_C)) for g in groups]
 
     def compute(i: Array, loaded: Any, carry: Any) -> Any:
         state, dt_sum = list(carry[0]), carry[1]
-        for elements, cb in reversed(loaded):
+        for elements, registers in reversed(loaded):
             now = prepare(place, elements)
             dyg = elements["dy_BLE"]
             if "z_BLE" in elements:
                 z = elements["z_BLE"]
                 dyg = dyg * (z * lanes.sigmoid(z))
-            dyg, (c, _) = lanes.split_rounded(dyg), halves(lanes, cb)
+            dyg, (c,) = lanes.split_rounded(dyg), operands(lanes, registers)
             entering = [lanes.outer(dyg, c[s]) for s in sets]
             for j in reversed(range(STEPS)):
                 dt = lanes.of_step(now.decay_dt, j)[:, None]
@@ -324,28 +362,25 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
     assert plan.chunk
     chunks, in_chunk = plan.L // plan.chunk, plan.chunk // STEPS
-    trips, again = in_chunk // plan.groups, min(max(_AGAIN, plan.groups), in_chunk)
+    trips, again = in_chunk // plan.groups, min(_AGAIN, in_chunk)
     zero = jnp.zeros((lanes.width,), jnp.float32)
-    zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
     later = tuple(n for n in ("z_BLE", "dy_BLE") if n in ref)
 
     def chunk_backward(i: Array, carry: Any) -> Any:
-        chunk = chunks - 1 - i
+        chunk = bounded(chunks - 1 - i, chunks)
 
         def groups_of(trip: Array, size: int) -> list[Array]:
             return [chunk * in_chunk + trip * size + g for g in range(size)]
 
         def fetch_again(trip: Array) -> Any:
             groups = groups_of(trip, again)
-            states = [(place.elements(_DRIVE, g), place.factors("bc", g)) for g in groups]
-            return states, [place.elements(later, g) for g in groups]
+            return [(place.elements(_DRIVE, g), place.factors(g, OUTER_B, OUTER_B)) for g in groups]
 
-        def advance(trip: Array, loaded: Any, carry: Any) -> Any:
-            h, touched = list(carry[0]), carry[1] & place.bits(loaded[1])
-            for g, (elements, bc) in enumerate(loaded[0]):
-                if g % plan.groups == 0:
-                    place.store_kept(h, trip * (again // plan.groups) + g // plan.groups)
-                now, (b, _) = prepare(place, elements), halves(lanes, bc)
+        def advance(trip: Array, loaded: Any, h: Any) -> Any:
+            h = list(h)
+            for g, (elements, registers) in enumerate(loaded):
+                place.store_kept(h, trip * again + g)
+                now, (b,) = prepare(place, elements), operands(lanes, registers)
                 u = lanes.split_rounded(now.u)
                 entering = [lanes.outer(u, b[s]) for s in sets]
                 for j in range(STEPS):
@@ -353,112 +388,103 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                     for s in sets:
                         decay = lanes.exp2(dt * place.a[s])
                         h[s] = lanes.fma(decay, h[s], entering[s][j])
-            return h, touched
+            return h
 
-        *carry, touched = carry
-        start = (place.load_states("starts_BCEN", chunk), touched)
-        _, touched = in_trips(place, in_chunk // again, fetch_again, advance, start)
-        before = jnp.maximum(chunk - 1, 0) * in_chunk
-        ahead = [place.elements(_DRIVE, before + g) for g in range(again)]
+        in_trips(
+            place, in_chunk // again, fetch_again, advance, place.load_states("starts_BCEN", chunk)
+        )
 
         def fetch(i: Array) -> Any:
-            trip = trips - 1 - i
-            loaded = [
+            trip = bounded(trips - 1 - i, trips)
+            return [
                 (
-                    place.elements(_DRIVE + later, g),
-                    place.factors("bc", g),
-                    place.factors("cb", g),
+                    place.elements(_DRIVE + later, group),
+                    place.factors(group, OUTER_B, INNER_B),
+                    place.load_kept(trip * plan.groups + g),
                 )
-                for g in groups_of(trip, plan.groups)
+                for g, group in enumerate(groups_of(trip, plan.groups))
             ]
-            return loaded, place.load_kept(trip)
 
         def compute(i: Array, loaded: Any, carry: Any) -> Any:
-            groups = groups_of(trips - 1 - i, plan.groups)
-            return _trip_backward(place, groups, loaded[0], loaded[1], carry)
+            groups = groups_of(bounded(trips - 1 - i, trips), plan.groups)
+            sums = []
+            for group, values in zip(reversed(groups), reversed(loaded), strict=True):
+                carry, dbc = _group_backward(place, group, *values, carry)
+                sums.append(dbc)
+            for s in sets:
+                place.store_sums([dbc[s] for dbc in reversed(sums)], groups[0], s)
+            return carry
 
-        carry = in_trips(place, trips, fetch, compute, tuple(carry))
-        return *carry, touched & place.bits(ahead)
+        return in_trips(place, trips, fetch, compute, carry)
 
-    nothing = jnp.full((lanes.width,), -1, jnp.int32)
-    start = (place.load_states("dh_BEN"), [zero_4 for _ in sets], zero, zero, nothing)
-    dh, da, dd, dbias, touched = lax.fori_loop(0, chunks, chunk_backward, start)
-    dd = jnp.where(touched == UNLIKELY, jnp.nan, dd)
+    zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
+    start = (place.load_states("dh_BEN"), [zero_4 for _ in sets], zero, zero)
+    dh, da, dd, dbias = lax.fori_loop(0, chunks, chunk_backward, start)
     place.store_states("dh0_BEN", dh)
     place.store_states("da_BEN", da)
     place.put_sum("dd_BE4", dd)
     place.put_sum("ddt_bias_BE4", dbias)
 
 
-def _trip_backward(
-    place: Place, groups: list[Array], loaded: Any, h: list[Array], carry: Any
-) -> Any:
-    """carry: gradient of the state after the trip, and the sums so far of a's, d's, dt_bias's."""
+def _group_backward(
+    place: Place, group: Array, elements: Any, registers: Any, h: list[Array], carry: Any
+) -> tuple[Any, list[Array]]:
+    """carry: gradient of the state after the group, and the sums so far of a's, d's, dt_bias's.
+
+    And per set of states the [T, 4] shares of the gradients of b and c."""
     lanes, sets = place.plan.lanes, range(place.plan.sets)
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
     d, (state, da, dd, dbias) = place.d, carry
     assert d is not None
     h, state, da = list(h), list(state), list(da)
-    kept, dc = [], []
-    for group, (elements, bc, cb) in zip(groups, loaded, strict=True):
-        now = prepare(place, elements)
-        (b, c), (c_outer, b_inner) = halves(lanes, bc), halves(lanes, cb)
-        dy = dyg = elements["dy_BLE"]
-        through_gate = None
-        if "z_BLE" in elements:
-            z = elements["z_BLE"]
-            sigmoid = lanes.sigmoid(z)
-            dyg = dy * (z * sigmoid)
-            through_gate = dy * (sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z)))
-        u, dyg_across = lanes.split_rounded(now.u), lanes.across(dyg)
-        entering = [lanes.outer(u, b[s]) for s in sets]
-        y, decays, carried = [zero_4] * STEPS, [], []
-        sums: list[Parts] = [(zero_4, zero_4) for _ in sets]
-        for j in range(STEPS):
-            dt = lanes.of_step(now.decay_dt, j)[:, None]
-            decays.append([lanes.exp2(dt * place.a[s]) for s in sets])
-            carried.append([decays[j][s] * h[s] for s in sets])
-            for s in sets:
-                h[s] = carried[j][s] + entering[s][j]
-                y[j] = lanes.over_states(y[j], h[s], c[s])
-                sums[s] = lanes.over_channels(sums[s], h[s], dyg_across, j)
-        if through_gate is not None:
-            out = lanes.fma(d, now.x, lanes.elements(y))
-            place.put("dz_BLE", group, through_gate * out)
-        dd = lanes.fma(dyg, now.x, dd)
-        dc.append([lanes.by_state(v) for v in sums])
-        kept.append((now, dyg, c_outer, b_inner, decays, carried))
+    now = prepare(place, elements)
+    b_outer, c_inner, c_outer, b_inner = operands(lanes, registers)
+    dy = dyg = elements["dy_BLE"]
+    through_gate = None
+    if "z_BLE" in elements:
+        z = elements["z_BLE"]
+        sigmoid = lanes.sigmoid(z)
+        dyg = dy * (z * sigmoid)
+        through_gate = dy * (sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z)))
+    u, dyg_across = lanes.split_rounded(now.u), lanes.across(dyg)
+    entering = [lanes.outer(u, b_outer[s]) for s in sets]
+    y, decays, carried = [zero_4] * STEPS, [], []
+    dc: list[Parts] = [(zero_4, zero_4) for _ in sets]
+    for j in range(STEPS):
+        dt = lanes.of_step(now.decay_dt, j)[:, None]
+        decays.append([lanes.exp2(dt * place.a[s]) for s in sets])
+        carried.append([decays[j][s] * h[s] for s in sets])
+        for s in sets:
+            h[s] = carried[j][s] + entering[s][j]
+            y[j] = lanes.over_states(y[j], h[s], c_inner[s])
+            dc[s] = lanes.over_channels(dc[s], h[s], dyg_across, j)
+    if through_gate is not None:
+        out = lanes.fma(d, now.x, lanes.elements(y))
+        place.put("dz_BLE", group, through_gate * out)
+    dd = lanes.fma(dyg, now.x, dd)
 
-    db: list[Any] = [None] * len(groups)
-    decay_after = None
+    dyg_parts, u_across = lanes.split_rounded(dyg), lanes.across(now.u)
+    entering = [lanes.outer(dyg_parts, c_outer[s]) for s in sets]
+    du, ddt = [zero_4] * STEPS, [zero_4] * STEPS
+    db: list[Parts] = [(zero_4, zero_4) for _ in sets]
     ones = (jnp.ones((lanes.width, 4), jnp.float32),)
-    for i in reversed(range(len(groups))):
-        now, dyg, c, b, decays, carried = kept[i]
-        dyg_parts, u_across = lanes.split_rounded(dyg), lanes.across(now.u)
-        entering = [lanes.outer(dyg_parts, c[s]) for s in sets]
-        du, ddt = [zero_4] * STEPS, [zero_4] * STEPS
-        sums: list[Parts] = [(zero_4, zero_4) for _ in sets]
-        for j in reversed(range(STEPS)):
-            dt = lanes.of_step(now.decay_dt, j)[:, None]
-            for s in sets:
-                if decay_after is None:
-                    state[s] = state[s] + entering[s][j]
-                else:
-                    state[s] = lanes.fma(decay_after[s], state[s], entering[s][j])
-                du[j] = lanes.over_states(du[j], state[s], b[s])
-                p = state[s] * carried[j][s]
-                ddt[j] = lanes.over_states(ddt[j], p * place.a[s], ones)
-                da[s] = lanes.fma(dt, p, da[s])
-                sums[s] = lanes.over_channels(sums[s], state[s], u_across, j)
-            decay_after = decays[j]
-        du_t, ddt_t = lanes.elements(du), lanes.elements(ddt) * LN_2
-        ddt_t = lanes.fma(du_t, now.x, ddt_t) * lanes.sigmoid(now.raw)
-        dbias = dbias + ddt_t
-        place.put("dx_BLE", groups[i], lanes.fma(du_t, now.dt, d * dyg))
-        place.put("ddt_BLE", groups[i], ddt_t)
-        db[i] = [lanes.by_state(v) for v in sums]
-    assert decay_after is not None
-    state = [decay * v for decay, v in zip(decay_after, state, strict=True)]
-    for s in sets:
-        place.store_sums([zipped(*b[s], *c[s]) for b, c in zip(db, dc, strict=True)], groups[0], s)
-    return state, da, dd, dbias
+    for j in reversed(range(STEPS)):
+        dt = lanes.of_step(now.decay_dt, j)[:, None]
+        for s in sets:
+            if j == STEPS - 1:
+                state[s] = state[s] + entering[s][j]
+            else:
+                state[s] = lanes.fma(decays[j + 1][s], state[s], entering[s][j])
+            du[j] = lanes.over_states(du[j], state[s], b_inner[s])
+            p = state[s] * carried[j][s]
+            ddt[j] = lanes.over_states(ddt[j], p * place.a[s], ones)
+            da[s] = lanes.fma(dt, p, da[s])
+            db[s] = lanes.over_channels(db[s], state[s], u_across, j)
+    state = [decays[0][s] * state[s] for s in sets]
+    du_t, ddt_t = lanes.elements(du), lanes.elements(ddt) * LN_2
+    ddt_t = lanes.fma(du_t, now.x, ddt_t) * lanes.sigmoid(now.raw)
+    dbias = dbias + ddt_t
+    place.put("dx_BLE", group, lanes.fma(du_t, now.dt, d * dyg))
+    place.put("ddt_BLE", group, ddt_t)
+    dbc = [zipped(*lanes.by_state(db[s]), *lanes.by_state(dc[s])) for s in sets]
+    return (state, da, dd, dbias), dbc
