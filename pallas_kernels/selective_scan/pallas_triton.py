@@ -380,10 +380,10 @@ def _arranged(cut: Operands, *, backward: bool) -> Array:
 def _sums_in_order(dbc: Array) -> tuple[Array, Array]:
     """Both [B, L, N], float32, from the sums over channels of each program."""
     B, groups, sets = dbc.shape[1:4]
-    # B, group, set, i, m, step, b or c, half: state 4 m + 2 half + i.
-    v = dbc.sum(0).reshape(B, groups, sets, 2, 4, STEPS, 2, 2).transpose(6, 0, 1, 5, 2, 4, 7, 3)
+    # B, group, set, i >> 1, i & 1, step, half, c or b: state 4 (i >> 1) + 2 half + (i & 1).
+    v = dbc.sum(0).reshape(B, groups, sets, 4, 2, STEPS, 2, 2).transpose(7, 0, 1, 5, 2, 3, 6, 4)
     v_2BLN = v.reshape(2, B, groups * STEPS, sets * STATES)
-    return v_2BLN[0], v_2BLN[1]
+    return v_2BLN[1], v_2BLN[0]
 
 
 def _call(

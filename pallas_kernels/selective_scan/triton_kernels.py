@@ -446,10 +446,11 @@ def _group_backward(
         sigmoid = lanes.sigmoid(z)
         dyg = dy * (z * sigmoid)
         through_gate = dy * (sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z)))
-    u, dyg_across = lanes.split_rounded(now.u), lanes.across(dyg)
+    u, across = lanes.split_rounded(now.u), lanes.across(dyg, now.u)
     entering = [lanes.outer(u, b_outer[s]) for s in sets]
     y, decays, carried = [zero_4] * STEPS, [], []
-    dc: list[Parts] = [(zero_4, zero_4) for _ in sets]
+    tiles: list[list[Any]] = [[None] * STEPS for _ in sets]
+    dbc = [zero_4 for _ in sets]
     for j in range(STEPS):
         dt = lanes.of_step(now.decay_dt, j)[:, None]
         decays.append([lanes.exp2(dt * place.a[s]) for s in sets])
@@ -457,16 +458,17 @@ def _group_backward(
         for s in sets:
             h[s] = carried[j][s] + entering[s][j]
             y[j] = lanes.over_states(y[j], h[s], c_inner[s])
-            dc[s] = lanes.over_channels(dc[s], h[s], dyg_across, j)
+            tiles[s][j] = h[s]
+            if j % 2:
+                dbc[s] = lanes.over_channels(dbc[s], tiles[s][j - 1 : j + 1], across, j - 1, 0)
     if through_gate is not None:
         out = lanes.fma(d, now.x, lanes.elements(y))
         place.put("dz_BLE", group, through_gate * out)
     dd = lanes.fma(dyg, now.x, dd)
 
-    dyg_parts, u_across = lanes.split_rounded(dyg), lanes.across(now.u)
+    dyg_parts = lanes.split_rounded(dyg)
     entering = [lanes.outer(dyg_parts, c_outer[s]) for s in sets]
     du, ddt = [zero_4] * STEPS, [zero_4] * STEPS
-    db: list[Parts] = [(zero_4, zero_4) for _ in sets]
     ones = (jnp.ones((lanes.width, 4), jnp.float32),)
     for j in reversed(range(STEPS)):
         dt = lanes.of_step(now.decay_dt, j)[:, None]
@@ -479,12 +481,13 @@ def _group_backward(
             p = state[s] * carried[j][s]
             ddt[j] = lanes.over_states(ddt[j], p * place.a[s], ones)
             da[s] = lanes.fma(dt, p, da[s])
-            db[s] = lanes.over_channels(db[s], state[s], u_across, j)
+            tiles[s][j] = state[s]
+            if j % 2 == 0:
+                dbc[s] = lanes.over_channels(dbc[s], tiles[s][j : j + 2], across, j, 1)
     state = [decays[0][s] * state[s] for s in sets]
     du_t, ddt_t = lanes.elements(du), lanes.elements(ddt) * LN_2
     ddt_t = lanes.fma(du_t, now.x, ddt_t) * lanes.sigmoid(now.raw)
     dbias = dbias + ddt_t
     place.put("dx_BLE", group, lanes.fma(du_t, now.dt, d * dyg))
     place.put("ddt_BLE", group, ddt_t)
-    dbc = [zipped(*lanes.by_state(db[s]), *lanes.by_state(dc[s])) for s in sets]
     return (state, da, dd, dbias), dbc

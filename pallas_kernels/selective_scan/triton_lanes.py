@@ -42,7 +42,6 @@ from jaxtyping import Array
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 CHANNELS, STEPS, STATES = 8, 4, 16
 
-_MMA = "mma.sync.aligned.m16n8k{k}.row.col.f32.tf32.tf32.f32 "
 # The step size of a reset, in decays. exp2 of it is 0 with every rate from the least one on, and
 # no product with a constant overflows.
 RESET_DT, LEAST_RATE = 1e33, 1e-30
@@ -80,8 +79,15 @@ class Lanes:
         """[T, 4], the lane's states of 16."""
         return (4 * self.step())[:, None] + lax.broadcasted_iota(jnp.int32, (self.width, 4), 1)
 
-    def _ptx(self, code: str, constraints: str, *args: Array, pack: int = 1) -> Array:
-        shape = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
+    def _ptx(
+        self,
+        code: str,
+        constraints: str,
+        *args: Array,
+        pack: int = 1,
+        dtype: Any = jnp.float32,
+    ) -> Array:
+        shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
         return plgpu.elementwise_inline_asm(
             code, args=args, constraints=constraints, pack=pack, result_shape_dtypes=[shape]
         )[0]
@@ -173,42 +179,63 @@ class Lanes:
         odd, late = (self.step() & 1) != 0, self.step() >= 2
         return jnp.where(late, jnp.where(odd, t3, t2), jnp.where(odd, t1, t0))
 
-    def over_channels(self, totals: Parts, h: Array, v: Parts, step: int) -> Parts:
-        """Adds to both [T, 4] of `totals` the sums of h v over the warp's channels.
+    def across(self, even: Array, odd: Array) -> Parts:
+        """Two vectors of elements as `over_channels` takes them.
 
-        v is made by `across`. After four steps, `by_state(totals)` has the sums."""
-        register = self._register()
-        identity = self._tile(self.lane() >> 2) == self._tile(self.step()) + 4 * (register >> 1)
-        identity = jnp.where(identity & (register & 1 == 0), 1.0, 0.0)
-        h0, h1, h2, h3 = unzipped(h)
-        columns = [self._tile(_chosen(w, self.lane() >> 3 == step)) for w in v]
+        Lane 4 (2 step + p) + k has channels 2 k and 2 k + 1 of the p-th vector: as a pair of
+        bfloat16, or with `exact` each by itself."""
+        if not self.exact:
+            return (self._transposed(self._pair(even, odd)),)
+        return self._transposed_exactly(even, odd)
 
-        def added(total: Array, pair: Array) -> Array:
-            # Transposed: a lane has two channels of one state.
-            turned = self._products(jnp.zeros_like(h), (identity,), self.split(pair))
-            return self._products(total, self.split(turned), columns, k=4)
+    def over_channels(self, total: Array, h: Sequence[Array], v: Parts, step: int, p: int) -> Array:
+        """total, [T, 4], and the sums of h v over the warp's channels: of the states h of two
+        steps from `step` on, and the p-th vector in v, from `across`.
 
-        first = added(totals[0], zipped(h0, h1, h0, h1))
-        return first, added(totals[1], zipped(h2, h3, h2, h3))
+        Register 2 half + p of lane 4 i + step has state 4 (i >> 1) + (i & 1) + 2 half. Factors
+        are rounded to bfloat16."""
+        masks = [self.lane() >> 2 == 2 * (step + i) + p for i in range(2)]
+        if self.exact:
+            for tile, mask in zip(h, masks, strict=True):
+                h0, h1, h2, h3 = unzipped(tile)
+                first, later = zip(
+                    self._transposed_exactly(h0, h1), self._transposed_exactly(h2, h3), strict=True
+                )
+                v0, v1 = (_chosen(w, mask) for w in v)
+                total = self._products(
+                    total, self.split(zipped(*first, *later)), self.split(zipped(v0, v1, v0, v1))
+                )
+            return total
+        registers = []
+        for tile in h:
+            h0, h1, h2, h3 = unzipped(tile)
+            registers += [self._transposed(self._pair(*pair)) for pair in ((h0, h1), (h2, h3))]
+        v0, v1 = (jnp.where(mask, v[0], 0) for mask in masks)
+        return self._product_of_pairs(total, zipped(*registers), zipped(v0, v1, v0, v1))
 
-    def across(self, v: Array) -> Parts:
-        """Elements in the order that `over_channels` takes: lane 8 step + 4 i + k has channel
-        2 k + i."""
-        lane = self.lane()
-        source = 4 * (2 * (lane & 3) + (lane >> 2 & 1)) + (lane >> 3)
+    def _pair(self, low: Array, high: Array) -> Array:
+        """[T] int32 of two values rounded to bfloat16."""
         if self.interpret:
-            moved = jnp.take_along_axis(v.reshape(-1, 32), source.reshape(-1, 32), axis=1)
-            return self.split_rounded(moved.reshape(-1))
-        code = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
-        return self.split_rounded(self._ptx(code, "=f,f,r", v, source))
+            low, high = (_bits(v.astype(jnp.bfloat16), jnp.uint16) for v in (low, high))
+            return _joined(low, high)
+        return self._ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", low, high, dtype=jnp.int32)
 
-    def by_state(self, totals: Parts) -> tuple[Array, Array]:
-        """[T] twice: lane 4 i + step has the sums of states s and s + 2, where
-        s = 4 (i & 3) + (i >> 2)."""
-        return _ends(totals[0]), _ends(totals[1])
+    def _transposed(self, pairs: Array) -> Array:
+        """[T] pairs of 16 bits. Lane 4 i + k has columns 2 k and 2 k + 1 of row i of a square of
+        8 x 8, and gets those of column i."""
+        if self.interpret:
+            square = jnp.stack(_parted(pairs), axis=-1).reshape(-1, 8, 8).swapaxes(1, 2)
+            return _joined(*jnp.unstack(square.reshape(-1, 2), axis=1))
+        code = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
+        return self._ptx(code, "=r,r", pairs, dtype=jnp.int32)
 
-    def _register(self) -> Array:
-        return lax.broadcasted_iota(jnp.int32, (self.width, 4), 1)
+    def _transposed_exactly(self, low: Array, high: Array) -> tuple[Array, Array]:
+        """The same of pairs of float32, in two halves."""
+        (l0, l1), (h0, h1) = (_parted(_bits(v, jnp.int32)) for v in (low, high))
+        lower, upper = (self._transposed(_joined(*v)) for v in ((l0, h0), (l1, h1)))
+        halves = zip(_parted(lower), _parted(upper), strict=True)
+        first, second = (_bits(_joined(*v), jnp.float32) for v in halves)
+        return first, second
 
     def _tile(self, v: Array) -> Array:
         return jnp.broadcast_to(v[:, None], (self.width, 4))
@@ -242,22 +269,57 @@ class Lanes:
                 axis=1,
             )
             b = jnp.concatenate([columns[:, r].reshape(-1, 8, 4) for r in range(k // 4)], axis=2)
-            d = jnp.einsum("wik,wjk->wij", a, b, precision="highest").reshape(-1, 2, 8, 4, 2)
-            return total + d.transpose(0, 2, 3, 1, 4).reshape(-1, 4)
-        a = ",".join(f"${8 + r}" for r in range(k // 2))
-        b = ",".join(f"${12 + r}" for r in range(k // 4))
-        return self._ptx(
-            _MMA.format(k=k) + f"{{$0,$1,$2,$3}}, {{{a}}}, {{{b}}}, {{$4,$5,$6,$7}};",
-            "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r,r,r",
-            total,
-            _bits(rows, jnp.int32),
-            _bits(columns, jnp.int32),
-            pack=4,
+            return _added_product(total, a, b)
+        kind = f"m16n8k{k}.row.col.f32.tf32.tf32.f32"
+        return self._mma(
+            kind, k // 4, total, _bits(rows, jnp.int32), _bits(columns, jnp.int32)
         )
+
+    def _product_of_pairs(self, total: Array, rows: Array, columns: Array) -> Array:
+        """`_product` of bfloat16 in pairs, k = 16.
+
+        rows: register r of lane 4 i + j is at row i + 8 (r & 1), columns 2 j + 8 (r >> 1) and next.
+        columns: register r of lane 4 i + j is at rows 2 j + 8 r and next, column i."""
+        if self.interpret:
+
+            def of(v: Array, r: int) -> Array:
+                parts = [_bits(w, jnp.bfloat16).astype(jnp.float32) for w in _parted(v[:, r])]
+                return jnp.stack(parts, axis=-1).reshape(-1, 8, 8)
+
+            a = jnp.concatenate(
+                [jnp.concatenate([of(rows, i), of(rows, 2 + i)], axis=2) for i in range(2)], axis=1
+            )
+            b = jnp.concatenate([of(columns, r) for r in range(2)], axis=2)
+            return _added_product(total, a, b)
+        return self._mma("m16n8k16.row.col.f32.bf16.bf16.f32", 2, total, rows, columns)
+
+    def _mma(self, kind: str, count: int, total: Array, rows: Array, columns: Array) -> Array:
+        """`count` registers of columns and twice as many of rows count."""
+        a = ",".join(f"${8 + r}" for r in range(2 * count))
+        b = ",".join(f"${12 + r}" for r in range(count))
+        code = f"mma.sync.aligned.{kind} {{$0,$1,$2,$3}}, {{{a}}}, {{{b}}}, {{$4,$5,$6,$7}};"
+        constraints = "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r,r,r"
+        return self._ptx(code, constraints, total, rows, columns, pack=4)
 
 
 def _bits(v: Array, dtype: Any) -> Array:
     return lax.bitcast_convert_type(v, dtype)
+
+
+def _parted(pairs: Array) -> tuple[Array, Array]:
+    """The 16 bits below and above."""
+    v = _bits(pairs, jnp.uint32)
+    return (v & 0xFFFF).astype(jnp.uint16), (v >> 16).astype(jnp.uint16)
+
+
+def _joined(low: Array, high: Array) -> Array:
+    return _bits(low.astype(jnp.uint32) | high.astype(jnp.uint32) << 16, jnp.int32)
+
+
+def _added_product(total: Array, a: Array, b: Array) -> Array:
+    """Of [warps, 16, k] and [warps, 8, k], in the registers of `total`."""
+    d = jnp.einsum("wik,wjk->wij", a, b, precision="highest").reshape(-1, 2, 8, 4, 2)
+    return total + d.transpose(0, 2, 3, 1, 4).reshape(-1, 4)
 
 
 def _ends(total: Array) -> Array:
