@@ -24,11 +24,13 @@ is the way on. The kernels' bodies are written in what both have: vectors, loops
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -50,8 +52,6 @@ from pallas_kernels.selective_scan.triton_lanes import (
     STATES,
     STEPS,
     Lanes,
-    arrange_inner,
-    arrange_outer,
 )
 
 OP = "selective_scan/pallas_triton"
@@ -70,6 +70,8 @@ _LARGEST_N = 64
 # into shorter ones than these.
 _FORWARD_WARPS, _BACKWARD_WARPS = 1024, 2048
 _SHORTEST_SEGMENT = 256
+# Groups of a trip where only states are computed.
+_GROUPS_ALONE = 8
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
 
@@ -143,7 +145,9 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
         "dx_BLE": jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.x_BLE.dtype),
         "ddt_BLE": jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.dt_BLE.dtype),
         "da_BEN": f32((rows, channels, states)),
-        "dbc": f32((programs, rows, plan.L // STEPS, plan.sets, 32, 4)),
+        # One group more, of which nothing is meant.
+        "dbc": f32((programs, rows, plan.L // STEPS + 1, plan.sets, 128)),
+        "shares": f32((rows, programs, 2, plan.sets, plan.lanes.warps, 128)),
         "dd_BE4": f32((rows, channels, 4)),
         "ddt_bias_BE4": f32((rows, channels, 4)),
         "dh0_BEN": f32((rows, channels, states)),
@@ -180,33 +184,23 @@ def _states_at_borders(inputs: dict[str, Array], plan: Plan, B: int) -> Array:
     A segment alone, from a zero state, ends in e; its decay is p = exp(a sum dt). Then
     h_{s+1} = p_s h_s + e_s."""
     h0_BEN = inputs["h0_BEN"]
-    S = inputs["x_BLE"].shape[0] // B
-    rest = jnp.zeros((B, S - 1, *h0_BEN.shape[1:]), jnp.float32)
-    alone = jnp.concatenate([h0_BEN[:, None], rest], 1).reshape(-1, *h0_BEN.shape[1:])
-    needed = {n: v for n, v in inputs.items() if n not in ("z_BLE", "d_E")} | {"h0_BEN": alone}
-    ends, decays = _alone(forward_kernel, needed, "h_BEN", plan, B)
-    h = [h0_BEN, ends[:, 0]]
-    for s in range(1, S - 1):
+    ends, decays = _alone(forward_kernel, inputs, "h_BEN", plan, B)
+    h = [h0_BEN]
+    for s in range(inputs["x_BLE"].shape[0] // B - 1):
         h.append(decays[:, s] * h[-1] + ends[:, s])
-    return jnp.stack(h, 1).reshape(alone.shape)
+    return jnp.stack(h, 1).reshape(-1, *h0_BEN.shape[1:])
 
 
 def _adjoints_at_borders(inputs: dict[str, Array], plan: Plan, B: int) -> Array:
     """[B segments, E, N]: the gradient of the state after each segment; `_states_at_borders`
     backwards, from one pass over all but the first."""
     dh_BEN = inputs["dh_BEN"]
-    S = inputs["x_BLE"].shape[0] // B
-    rest = jnp.zeros((B, S - 1, *dh_BEN.shape[1:]), jnp.float32)
-    alone = jnp.concatenate([rest, dh_BEN[:, None]], 1).reshape(-1, *dh_BEN.shape[1:])
-    unneeded = ("x_BLE", "d_E", "starts_BCEN")
-    needed = {n: v for n, v in inputs.items() if n not in unneeded} | {"dh_BEN": alone}
-    firsts, decays = _alone(
-        adjoint_kernel, needed, "dh0_BEN", dataclasses.replace(plan, first_row=1), B
-    )
-    dh = [dh_BEN, firsts[:, S - 1]]
-    for s in reversed(range(1, S - 1)):
+    plan = dataclasses.replace(plan, first_row=1)
+    firsts, decays = _alone(adjoint_kernel, inputs, "dh0_BEN", plan, B)
+    dh = [dh_BEN]
+    for s in reversed(range(1, inputs["dt_BLE"].shape[0] // B)):
         dh.append(decays[:, s] * dh[-1] + firsts[:, s])
-    return jnp.stack(dh[::-1], 1).reshape(alone.shape)
+    return jnp.stack(dh[::-1], 1).reshape(-1, *dh_BEN.shape[1:])
 
 
 def _alone(
@@ -215,10 +209,17 @@ def _alone(
     """[B, segments, E, N] twice: the kernel's states, and the decays of segments. Of one segment
     of each row, the last one or that before `first_row`, there is nothing."""
     rows, _, channels = inputs["dt_BLE"].shape
-    state = jax.ShapeDtypeStruct((rows, *inputs["a_EN"].shape), jnp.float32)
-    outputs = {name: state, "dt_BE4": jax.ShapeDtypeStruct((rows, channels, 4), jnp.float32)}
+    wanted = ("x_BLE", "dt_BLE", "a_EN", "dt_bias_E", "reset_BL", "factors", "one")
+    if kernel is adjoint_kernel:
+        wanted = (*wanted[1:], "z_BLE", "dy_BLE")
+    outputs = {
+        name: jax.ShapeDtypeStruct((rows, *inputs["a_EN"].shape), jnp.float32),
+        "dt_BE4": jax.ShapeDtypeStruct((rows, channels, 4), jnp.float32),
+    }
     S = rows // B
-    out = _call(kernel, inputs, outputs, dataclasses.replace(plan, rows=S), grid=(B, S - 1))
+    plan = dataclasses.replace(plan, rows=S, groups=math.gcd(plan.L // STEPS, _GROUPS_ALONE))
+    needed = {n: inputs[n] for n in wanted if n in inputs}
+    out = _call(kernel, needed, outputs, plan, grid=(B, S - 1))
     decays = jnp.exp(out["dt_BE4"].sum(-1)[:, :, None] * inputs["a_EN"][None])
     return _by_segment(out[name], B), _by_segment(decays, B)
 
@@ -368,17 +369,30 @@ def _packed(o: Operands) -> bool:
 def _arranged(cut: Operands, *, backward: bool) -> Array:
     """[B, L / 4, N / 16, 32, R], int32: what each lane needs of a group of 4 steps, in the order
     of `triton_kernels.OUTER_B` and its like; one register of two bfloat16 per operand or two."""
-    b, c = cut.b_BLN, cut.c_BLN
-    pairs = [arrange_outer(b), arrange_inner(c)]
-    if backward:
-        pairs += [arrange_outer(c), arrange_inner(b)]
-    dtype = jnp.bfloat16 if _packed(cut) else jnp.float32
-    registers = lax.bitcast_convert_type(jnp.stack(pairs, axis=-2).astype(dtype), jnp.int32)
-    return registers.reshape(*registers.shape[:4], -1)
+    bc = jnp.stack([cut.b_BLN, cut.c_BLN], axis=2)
+    bc = bc.astype(jnp.bfloat16 if _packed(cut) else jnp.float32)
+    B, L, _, N = bc.shape
+    lane, half = np.arange(32)[:, None], np.arange(2)
+    set_, position = np.arange(0, N, STATES)[:, None, None], N * np.arange(2)
+
+    def at(step: Any, state: Any, of: int) -> Any:
+        return step * 2 * N + position[of] + set_ + state
+
+    # Steps and states of the two values of an operand; see `Lanes.outer` and `over_states`.
+    outer = lane & 3, 4 * (lane >> 3) + (lane >> 2 & 1) + 2 * half
+    inner = lane >> 3, 4 * (lane & 3) + (lane >> 2 & 1) + 2 * half
+    operands = [at(*outer, 0), at(*inner, 1), at(*outer, 1), at(*inner, 0)]
+    chosen = np.stack(operands if backward else operands[:2], axis=2)  # set, lane, operand, half
+    values = jnp.take(bc.reshape(B, L // STEPS, -1), chosen.reshape(-1), axis=2, mode="clip")
+    registers = lax.bitcast_convert_type(values, jnp.int32) if not _packed(cut) else (
+        lax.bitcast_convert_type(values.reshape(B, L // STEPS, -1, 2), jnp.int32)
+    )
+    return registers.reshape(B, L // STEPS, N // STATES, 32, -1)
 
 
 def _sums_in_order(dbc: Array) -> tuple[Array, Array]:
     """Both [B, L, N], float32, from the sums over channels of each program."""
+    dbc = dbc[:, :, :-1]
     B, groups, sets = dbc.shape[1:4]
     # B, group, set, i >> 1, i & 1, step, half, c or b: state 4 (i >> 1) + 2 half + (i & 1).
     v = dbc.sum(0).reshape(B, groups, sets, 4, 2, STEPS, 2, 2).transpose(7, 0, 1, 5, 2, 3, 6, 4)

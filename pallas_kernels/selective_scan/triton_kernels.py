@@ -7,9 +7,14 @@ Loads of the next trip are issued before the present one is computed. Left alone
 that, and every trip waits for memory, a third to a half of its time (stall samples of the H100):
 they move loads down to where their values are used, or compute first what was written after the
 loads. So `in_trips` puts each trip into a branch that is always taken but not known to be: its
-condition has a factor that is loaded from memory. What was loaded is turned into float32 at the
-end of the branch, not at the start of the next one, because a wait for one load may be a wait for
-those just issued as well: a warp has six counters for all its outstanding operations.
+condition has a factor that is loaded from memory.
+
+What was loaded is turned into float32 at the end of the branch, not at the start of the next one,
+because a wait for one load may be a wait for those just issued as well: a warp has six counters for
+all its outstanding operations. Nor before the end: zeros that are made from the trip's last state,
+and not known to be zeros, take part in the conversion. Address arithmetic waits in the same way
+when it overwrites registers of loads that are under way, so there is as little of it as possible:
+b and c come in packed registers, and `bounded` lets differences of addresses go into instructions.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,6 +42,8 @@ from pallas_kernels.selective_scan.triton_lanes import (
 )
 
 Refs = Mapping[str, Any]
+import os
+MID=[None]
 
 # The operands of products with b and c, as `pallas_triton._arranged` puts them side by side; the
 # forward pass has the first two.
@@ -150,65 +157,103 @@ class Place:
     def load_kept(self, group: Array) -> list[Array]:
         return [plgpu.load(at) for at in self._kept(group)]
 
-    def store_sums(self, tiles: list[Array], group: Array, s: int) -> None:
-        """The program's share of the gradients of b and c, in successive groups: [T, 4] each,
-        summed over its warps."""
-        warps, count = self.plan.lanes.warps, len(tiles)
-        while len(tiles) > 1:
-            pairs = zip(tiles[: len(tiles) // 2], tiles[len(tiles) // 2 :], strict=True)
-            tiles = [jnp.stack(pair, axis=-1) for pair in pairs]
-        total = tiles[0].reshape(warps, 32, 4, count).sum(axis=0)
-        lane, four, later = (lax.broadcasted_iota(jnp.int32, total.shape, i) for i in range(3))
-        plgpu.store(self.ref["dbc"].at[self.block, self.row, group + later, s, lane, four], total)
+    def store_share(self, tile: Array, group: Array, s: int) -> None:
+        """The warps' shares of a group's gradients of b and c, to be summed after a barrier."""
+        lanes = self.plan.lanes
+        warp = jnp.broadcast_to((jnp.arange(lanes.width) >> 5)[:, None], tile.shape)
+        lane = jnp.broadcast_to(self.lane[:, None], tile.shape)
+        index = (self.row, self.block, group & 1, s, warp)
+        plgpu.store(self.ref["shares"].at[*index, 4 * lane + self.four], tile)
+
+    def load_shares(self, group: Array) -> list[list[Array]]:
+        """What `store_sums` takes: [T] of each warp and set, or twice as many for few lanes."""
+        warps = self.plan.lanes.warps
+        return [
+            [
+                plgpu.load(self.ref["shares"].at[self.row, self.block, group & 1, s, w, value])
+                for w in range(warps)
+            ]
+            for s in range(self.plan.sets)
+            for value in self._values()
+        ]
+
+    def store_sums(self, shares: list[list[Array]], group: Array) -> None:
+        """The program's gradients of b and c in a group: shares summed over its warps."""
+        values = self._values()
+        for i, share in enumerate(shares):
+            total = share[0]
+            for v in share[1:]:
+                total = total + v
+            s, value = i // len(values), values[i % len(values)]
+            plgpu.store(self.ref["dbc"].at[self.block, self.row, group, s, value], total)
+
+    def _values(self) -> list[Array]:
+        """Which of a tile's 128 values a lane sums; with many warps several sum the same."""
+        lanes = self.plan.lanes
+        thread = jnp.arange(lanes.width, dtype=jnp.int32)
+        return [(thread + i) & 127 for i in range(0, 128, lanes.width)]
 
 
 def in_trips(
     place: Place,
     trips: int,
     fetch: Callable[[Array], Any],
-    compute: Callable[[Array, Any, Any], Any],
+    compute: Callable[[Array, Any, Any], tuple[Any, Array]],
     carry: Any,
+    first: Any = None,
 ) -> Any:
-    """carry after compute(trip, arrived(fetch(trip)), carry) for every trip, loads one ahead."""
+    """The carry after compute(trip, arrived, carry) of every trip, which gives the next one and
+    some float32 value that is known late; `arrived` is what fetch(trip) loaded, in float32.
 
-    def convert(loaded: Any) -> Any:
-        return jax.tree.map(lambda v: arrived(v, place.plan.packed), loaded)
+    `first`: fetch(0) if it was called before."""
 
-    def never(loaded: Any) -> Any:
-        return jax.tree.map(lambda v: jax.tree.map(lambda _: _used(v), arrived(v, place.plan.packed)), loaded)
+    def convert(loaded: Any, nothing: Array) -> Any:
+        return jax.tree.map(lambda v: _arrived(v, nothing, place.plan.packed), loaded)
 
     def turn(trip: Array, state: Any) -> Any:
         carry, ready = state
         loaded = fetch(jnp.minimum(trip + 1, trips - 1))
-        return lax.cond(
-            trip < trips * place.one,
-            lambda carry, ready: (compute(trip, ready, carry), convert(loaded)),
-            # Never taken. Its use of what was loaded keeps the loads before the branch; it has
-            # nothing in common with the other, or that would move before the branch, too.
-            lambda carry, ready: (carry, never(loaded)),
-            carry,
-            ready,
-        )
 
-    first = convert(fetch(jnp.int32(0)))
+        def taken(carry: Any, ready: Any) -> Any:
+            carry, late = compute(trip, ready, carry)
+            bits = lax.bitcast_convert_type(late, jnp.int32)
+            return carry, convert(loaded, bits & (place.one - 1))
+
+        # Its use of what was loaded keeps the loads before the branch. It has nothing in common
+        # with the other branch, or that would move before the branch, too.
+        def never_taken(carry: Any, ready: Any) -> Any:
+            return carry, jax.tree.map(lambda v: _otherwise(v, place.plan.packed), loaded)
+
+        return lax.cond(trip < trips * place.one, taken, never_taken, carry, ready)
+
+    zeros = jnp.zeros((place.plan.lanes.width,), jnp.int32)
+    ready = convert(fetch(jnp.int32(0)) if first is None else first, zeros)
     if trips == 1:
-        return compute(jnp.int32(0), first, carry)
-    return lax.fori_loop(0, trips, turn, (carry, first))[0]
+        return compute(jnp.int32(0), ready, carry)[0]
+    return lax.fori_loop(0, trips, turn, (carry, ready))[0]
 
 
-def arrived(v: Array, packed: bool) -> Any:
-    """What was loaded as float32: two values of a packed register, else one."""
-    if v.dtype != jnp.int32:
-        return v.astype(jnp.float32)
-    if not packed:
-        return lax.bitcast_convert_type(v, jnp.float32)
-    return tuple(lax.bitcast_convert_type(half, jnp.float32) for half in (v << 16, v & -(2**16)))
+def _arrived(v: Array, nothing: Array, packed: bool) -> Any:
+    """What was loaded as float32: two values of a packed register, else one. `nothing` is 0."""
+    if v.ndim == 2:
+        nothing = jnp.broadcast_to(nothing[:, None], v.shape)
+    if v.dtype == jnp.int8:
+        return (v.astype(jnp.int32) | nothing).astype(jnp.float32)
+    if v.dtype == jnp.bfloat16:
+        bits = lax.bitcast_convert_type(v, jnp.uint16).astype(jnp.int32)
+        return lax.bitcast_convert_type(bits << (16 | nothing), jnp.float32)
+    bits = lax.bitcast_convert_type(v, jnp.int32)
+    if v.dtype == jnp.int32 and packed:
+        parts = (bits << (16 | nothing), bits & (nothing - 2**16))
+        return tuple(lax.bitcast_convert_type(part, jnp.float32) for part in parts)
+    return lax.bitcast_convert_type(bits | nothing, jnp.float32)
 
 
-def _used(v: Array) -> Array:
-    """Some float32 values that depend on v and are not what v arrives as."""
+def _otherwise(v: Array, packed: bool) -> Any:
+    """Values of the same kind that depend on v and are not what it arrives as."""
     bits = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[v.dtype.itemsize]
-    return (3 * lax.bitcast_convert_type(v, bits).astype(jnp.int32)).astype(jnp.float32)
+    other = (3 * lax.bitcast_convert_type(v, bits).astype(jnp.int32)).astype(jnp.float32)
+    return (other, other) if v.dtype == jnp.int32 and packed else other
 
 
 def bounded(index: Array, size: int) -> Array:
@@ -219,23 +264,22 @@ def bounded(index: Array, size: int) -> Array:
 
 
 class Prepared(NamedTuple):
-    """Elements of a group: dt before and after softplus, and for decays; the input and dt x."""
+    """Elements of a group: dt, its derivative, and what it is for decays; the input and dt x."""
 
-    raw: Array
     dt: Array
+    slope: Array
     decay_dt: Array
     x: Array
     u: Array
 
 
 def prepare(place: Place, loaded: Mapping[str, Array]) -> Prepared:
-    raw = loaded["dt_BLE"] + place.dt_bias
-    dt = place.plan.lanes.softplus(raw)
+    dt, slope = place.plan.lanes.softplus(loaded["dt_BLE"] + place.dt_bias)
     decay_dt = dt
     if "reset_BL" in loaded:
         decay_dt = jnp.where(loaded["reset_BL"] != 0, RESET_DT, dt)
     x = loaded.get("x_BLE", dt)
-    return Prepared(raw, dt, decay_dt, x, dt * x)
+    return Prepared(dt, slope, decay_dt, x, dt * x)
 
 
 def operands(lanes: Lanes, registers: list[Any]) -> list[list[Parts]]:
@@ -248,6 +292,11 @@ def operands(lanes: Lanes, registers: list[Any]) -> list[list[Parts]]:
     return [list(of_operand) for of_operand in zip(*per_set, strict=True)]
 
 
+def _first(tiles: list[Array]) -> Array:
+    """[T], one value of [T, 4]."""
+    return unzipped(tiles[0])[0]
+
+
 def _added(dt_sum: Array, decay_dt: Array) -> Array:
     """However many resets there are, the sum stays finite."""
     return jnp.minimum(dt_sum + decay_dt, RESET_DT)
@@ -255,7 +304,8 @@ def _added(dt_sum: Array, decay_dt: Array) -> Array:
 
 def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     """h_BEN, the states after the last step, and what else there is room for: y_BLE; with chunks
-    the states before each, starts_BCEN; dt_BE4, the sums of what decays see of dt."""
+    the states before each, starts_BCEN; dt_BE4, the sums of what decays see of dt. Without h0_BEN
+    from zero states."""
     ref = dict(zip(names, refs, strict=True))
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
@@ -297,11 +347,11 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                 place.put("y_BLE", trip * plan.groups + i, out)
             if dt_sum is not None:
                 dt_sum = _added(dt_sum, now.decay_dt)
-        return h, dt_sum
+        return (h, dt_sum), _first(h)
 
     dt_sum = jnp.zeros((lanes.width,), jnp.float32) if "dt_BE4" in ref else None
     trips = plan.L // (STEPS * plan.groups)
-    start = (place.load_states("h0_BEN"), dt_sum)
+    start = (place.load_states("h0_BEN") if "h0_BEN" in ref else [zero_4 for _ in sets], dt_sum)
     h, dt_sum = in_trips(place, trips, fetch, compute, start)
     place.store_states("h_BEN", h)
     if dt_sum is not None:
@@ -309,8 +359,8 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
 
 
 def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
-    """dh0_BEN, the gradient of the first state from those of the outputs, dy_BLE, and of the last
-    state, dh_BEN; and dt_BE4 as in `forward_kernel`."""
+    """dh0_BEN, the gradient of the first state from those of the outputs, dy_BLE; and dt_BE4 as
+    in `forward_kernel`."""
     ref = dict(zip(names, refs, strict=True))
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
     inputs = ("dt_BLE", *(n for n in ("z_BLE", "dy_BLE") if n in ref))
@@ -337,9 +387,10 @@ def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                     decay = lanes.exp2(dt * place.a[s])
                     state[s] = decay * (state[s] + entering[s][j])
             dt_sum = _added(dt_sum, now.decay_dt)
-        return state, dt_sum
+        return (state, dt_sum), _first(state)
 
-    start = (place.load_states("dh_BEN"), jnp.zeros((lanes.width,), jnp.float32))
+    zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
+    start = ([zero_4 for _ in sets], jnp.zeros((lanes.width,), jnp.float32))
     state, dt_sum = in_trips(place, trips, fetch, compute, start)
     place.store_states("dh0_BEN", state)
     place.put_sum("dt_BE4", dt_sum)
@@ -388,38 +439,51 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                     for s in sets:
                         decay = lanes.exp2(dt * place.a[s])
                         h[s] = lanes.fma(decay, h[s], entering[s][j])
-            return h
+            return h, _first(h)
 
-        in_trips(
-            place, in_chunk // again, fetch_again, advance, place.load_states("starts_BCEN", chunk)
-        )
+        def trip_from_end(i: Array) -> Array:
+            return bounded(trips - 1 - i, trips)
 
-        def fetch(i: Array) -> Any:
-            trip = bounded(trips - 1 - i, trips)
+        def fetch_values(i: Array) -> Any:
+            groups = groups_of(trip_from_end(i), plan.groups)
             return [
-                (
-                    place.elements(_DRIVE + later, group),
-                    place.factors(group, OUTER_B, INNER_B),
-                    place.load_kept(trip * plan.groups + g),
-                )
-                for g, group in enumerate(groups_of(trip, plan.groups))
+                (place.elements(_DRIVE + later, g), place.factors(g, OUTER_B, INNER_B))
+                for g in groups
             ]
 
-        def compute(i: Array, loaded: Any, carry: Any) -> Any:
-            groups = groups_of(bounded(trips - 1 - i, trips), plan.groups)
-            sums = []
-            for group, values in zip(reversed(groups), reversed(loaded), strict=True):
-                carry, dbc = _group_backward(place, group, *values, carry)
-                sums.append(dbc)
-            for s in sets:
-                place.store_sums([dbc[s] for dbc in reversed(sums)], groups[0], s)
-            return carry
+        def fetch_kept(i: Array) -> Any:
+            first = trip_from_end(i) * plan.groups
+            return [place.load_kept(first + g) for g in range(plan.groups)]
 
-        return in_trips(place, trips, fetch, compute, carry)
+        def compute(i: Array, loaded: Any, carry: Any) -> Any:
+            groups = groups_of(trip_from_end(i), plan.groups)
+            for group, values, h in reversed(list(zip(groups, *loaded, strict=True))):
+                shares = place.load_shares(group + 1)
+                carry, tiles = _group_backward(place, group, *values, h, carry)
+                # Of the group before, which is the next one in time.
+                place.store_sums(shares, group + 1)
+                for s in sets:
+                    place.store_share(tiles[s], group, s)
+                lanes.barrier()
+            late = os.environ.get("LATE", "end")
+            return carry, {"end": _first(carry[0]), "mid": MID[0], "no": jnp.zeros((lanes.width,), jnp.float32)}[late]
+
+        ahead = fetch_values(jnp.int32(0))
+        start = place.load_states("starts_BCEN", chunk)
+        in_trips(place, in_chunk // again, fetch_again, advance, start)
+        return in_trips(
+            place,
+            trips,
+            lambda i: (fetch_values(i), fetch_kept(i)),
+            compute,
+            carry,
+            (ahead, fetch_kept(jnp.int32(0))),
+        )
 
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
     start = (place.load_states("dh_BEN"), [zero_4 for _ in sets], zero, zero)
     dh, da, dd, dbias = lax.fori_loop(0, chunks, chunk_backward, start)
+    place.store_sums(place.load_shares(jnp.int32(0)), jnp.int32(0))
     place.store_states("dh0_BEN", dh)
     place.store_states("da_BEN", da)
     place.put_sum("dd_BE4", dd)
@@ -448,15 +512,15 @@ def _group_backward(
         through_gate = dy * (sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z)))
     u, across = lanes.split_rounded(now.u), lanes.across(dyg, now.u)
     entering = [lanes.outer(u, b_outer[s]) for s in sets]
-    y, decays, carried = [zero_4] * STEPS, [], []
+    y, decays, before = [zero_4] * STEPS, [], []
     tiles: list[list[Any]] = [[None] * STEPS for _ in sets]
     dbc = [zero_4 for _ in sets]
     for j in range(STEPS):
         dt = lanes.of_step(now.decay_dt, j)[:, None]
         decays.append([lanes.exp2(dt * place.a[s]) for s in sets])
-        carried.append([decays[j][s] * h[s] for s in sets])
+        before.append(list(h))
         for s in sets:
-            h[s] = carried[j][s] + entering[s][j]
+            h[s] = lanes.fma(decays[j][s], h[s], entering[s][j])
             y[j] = lanes.over_states(y[j], h[s], c_inner[s])
             tiles[s][j] = h[s]
             if j % 2:
@@ -466,6 +530,7 @@ def _group_backward(
         place.put("dz_BLE", group, through_gate * out)
     dd = lanes.fma(dyg, now.x, dd)
 
+    MID[0] = _first(h)
     dyg_parts = lanes.split_rounded(dyg)
     entering = [lanes.outer(dyg_parts, c_outer[s]) for s in sets]
     du, ddt = [zero_4] * STEPS, [zero_4] * STEPS
@@ -473,20 +538,17 @@ def _group_backward(
     for j in reversed(range(STEPS)):
         dt = lanes.of_step(now.decay_dt, j)[:, None]
         for s in sets:
-            if j == STEPS - 1:
-                state[s] = state[s] + entering[s][j]
-            else:
-                state[s] = lanes.fma(decays[j + 1][s], state[s], entering[s][j])
+            state[s] = state[s] + entering[s][j]
             du[j] = lanes.over_states(du[j], state[s], b_inner[s])
-            p = state[s] * carried[j][s]
-            ddt[j] = lanes.over_states(ddt[j], p * place.a[s], ones)
-            da[s] = lanes.fma(dt, p, da[s])
             tiles[s][j] = state[s]
             if j % 2 == 0:
                 dbc[s] = lanes.over_channels(dbc[s], tiles[s][j : j + 2], across, j, 1)
-    state = [decays[0][s] * state[s] for s in sets]
+            state[s] = decays[j][s] * state[s]
+            p = state[s] * before[j][s]
+            ddt[j] = lanes.over_states(ddt[j], p * place.a[s], ones)
+            da[s] = lanes.fma(dt, p, da[s])
     du_t, ddt_t = lanes.elements(du), lanes.elements(ddt) * LN_2
-    ddt_t = lanes.fma(du_t, now.x, ddt_t) * lanes.sigmoid(now.raw)
+    ddt_t = lanes.fma(du_t, now.x, ddt_t) * now.slope
     dbias = dbias + ddt_t
     place.put("dx_BLE", group, lanes.fma(du_t, now.dt, d * dyg))
     place.put("ddt_BLE", group, ddt_t)

@@ -79,6 +79,11 @@ class Lanes:
         """[T, 4], the lane's states of 16."""
         return (4 * self.step())[:, None] + lax.broadcasted_iota(jnp.int32, (self.width, 4), 1)
 
+    def barrier(self) -> None:
+        """What any lane of the program stored before is seen by all loads after."""
+        if not self.interpret:
+            plgpu.debug_barrier()
+
     def _ptx(
         self,
         code: str,
@@ -107,22 +112,29 @@ class Lanes:
     def sigmoid(self, v: Array) -> Array:
         if self.interpret:
             return jax.nn.sigmoid(v)
-        return self._ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", 1 + self.exp2(v * -LOG2_E))
+        return self._reciprocal(1 + self.exp2(v * -LOG2_E))
 
-    def softplus(self, v: Array) -> Array:
-        """log(1 + exp(v)); exactly 0 far below 0, and relatively exact on the way there."""
+    def _reciprocal(self, v: Array) -> Array:
+        return self._ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", v)
+
+    def softplus(self, v: Array) -> tuple[Array, Array]:
+        """log(1 + exp(v)), and its derivative; exactly 0 far below 0, and relatively exact on the
+        way there."""
         e = self.exp2(jnp.abs(v) * -LOG2_E)
+        positive = jnp.maximum(v, 0)
         if self.interpret:
-            return jnp.maximum(v, 0) + jnp.log1p(e)
+            return positive + jnp.log1p(e), jax.nn.sigmoid(v)
+        slope = jnp.where(v < 0, e, 1.0) * self._reciprocal(1 + e)
         large = self._ptx("lg2.approx.ftz.f32 $0, $1;", "=f,f", 1 + e)
         # log(1 + e) loses what 1 + e rounds away: below 1/32 its series, to 2^-25.
         small = self.fma(e, jnp.full_like(e, -1 / 4), jnp.full_like(e, 1 / 3))
         small = self.fma(-e, small, jnp.full_like(e, 1 / 2))
         small = self.fma(-e, small, jnp.ones_like(e))
-        near, positive = e < 1 / 32, jnp.maximum(v, 0)
-        return self.fma(
+        near = e < 1 / 32
+        softplus = self.fma(
             jnp.where(near, e, large), jnp.where(near, small, jnp.full_like(e, LN_2)), positive
         )
+        return softplus, slope
 
     def of_step(self, v: Array, step: int) -> Array:
         """[T] elements to [T]: in every lane its channel's element of one step."""
@@ -150,8 +162,8 @@ class Lanes:
         return self.split(v) if self.exact else (self.rounded(v),)
 
     def outer(self, u: Parts, b: Parts) -> list[Array]:
-        """u b of each of 4 steps, [T, 4]; u elements, from `split_rounded`, b as `arrange_outer`
-        puts it."""
+        """u b of each of 4 steps, [T, 4]; u elements, from `split_rounded`. Registers of b: lane
+        4 (2 m + i) + step has states 4 m + i and 4 m + i + 2."""
         nothing = jnp.zeros((self.width, 4), jnp.float32)
         halves_of_b = list(zip(*(unzipped(v)[:2] for v in b), strict=True))
         results = []
@@ -168,7 +180,8 @@ class Lanes:
         return results
 
     def over_states(self, total: Array, h: Array, c: Parts) -> Array:
-        """total + sum_n h c, [T, 4], for h of one step and c of all, as `arrange_inner` puts it.
+        """total + sum_n h c, [T, 4], for h of one step and c of all: lane 8 step + 4 i + m has
+        states 4 m + i and 4 m + i + 2.
 
         Of 4 such results, one for each step, `elements` takes what is meant."""
         return self._products(total, self.split(h), c)
@@ -344,20 +357,3 @@ def zipped(v0: Array, v1: Array, v2: Array, v3: Array) -> Array:
     """[T, 4] of columns."""
     even, odd = jnp.stack([v0, v2], axis=-1), jnp.stack([v1, v3], axis=-1)
     return jnp.stack([even, odd], axis=-1).reshape(-1, 4)
-
-
-def arrange_outer(b_BLN: Array) -> Array:
-    """[B, L / 4, N / 16, 32, 2] of [B, L, N]: lane 4 (2 m + i) + step has states 4 m + i (+ 2)."""
-    b = _in_fours(b_BLN)  # B, L / 4, step, N / 16, m, half, i
-    return b.transpose(0, 1, 3, 4, 6, 2, 5).reshape(*b.shape[:2], b.shape[3], 32, 2)
-
-
-def arrange_inner(c_BLN: Array) -> Array:
-    """The same shape: lane 8 step + 4 i + m has states 4 m + i (+ 2)."""
-    c = _in_fours(c_BLN)
-    return c.transpose(0, 1, 3, 2, 6, 4, 5).reshape(*c.shape[:2], c.shape[3], 32, 2)
-
-
-def _in_fours(v_BLN: Array) -> Array:
-    B, L, N = v_BLN.shape
-    return v_BLN.reshape(B, L // STEPS, STEPS, N // STATES, 4, 2, 2)
