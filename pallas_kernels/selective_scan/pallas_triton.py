@@ -30,7 +30,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -131,7 +130,6 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     starts_BCEN = _pad(starts_BCEN, {1: steps // chunk, 2: channels})
     d_state = _pad(d_out.h_BEN.astype(jnp.float32), {1: channels, 2: states})
     inputs |= {
-        "factors": _arranged(cut, backward=True),
         "starts_BCEN": starts_BCEN.reshape(-1, plan.L // chunk, channels, states),
         "dy_BLE": _pad(d_out.y_BLE, {1: steps, 2: channels}).reshape(cut.x_BLE.shape),
         "dh_BEN": d_state,
@@ -148,8 +146,7 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
         # One group more, of which nothing is meant.
         "dbc": f32((programs, rows, plan.L // STEPS + 1, plan.sets, 128)),
         "shares": f32((rows, programs, 2, plan.sets, plan.lanes.warps, 128)),
-        "dd_BE4": f32((rows, channels, 4)),
-        "ddt_bias_BE4": f32((rows, channels, 4)),
+        "dd_and_ddt_bias": f32((2, rows, channels, 4)),
         "dh0_BEN": f32((rows, channels, states)),
         "kept": f32((rows, programs, chunk // STEPS, plan.sets, plan.lanes.width, 4)),
     }
@@ -161,15 +158,16 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
         return v.reshape(B, steps, *v.shape[2:])[:, :L]
 
     db_BLN, dc_BLN = _sums_in_order(out["dbc"])
+    dd_E, ddt_bias_E = out["dd_and_ddt_bias"].sum((1, 3))
     gradients = Operands(
         x_BLE=whole(out["dx_BLE"])[:, :, :E],
         dt_BLE=whole(out["ddt_BLE"])[:, :, :E],
         a_EN=out["da_BEN"].sum(0)[:E, :N],
         b_BLN=whole(db_BLN)[:, :, :N],
         c_BLN=whole(dc_BLN)[:, :, :N],
-        d_E=out["dd_BE4"].sum((0, 2))[:E],
+        d_E=dd_E[:E],
         z_BLE=None if operands.z_BLE is None else whole(out["dz_BLE"])[:, :, :E],
-        dt_bias_E=out["ddt_bias_BE4"].sum((0, 2))[:E],
+        dt_bias_E=ddt_bias_E[:E],
         reset_BL=None,
         h0_BEN=_by_segment(out["dh0_BEN"], B)[:, 0, :E, :N],
     )
@@ -209,7 +207,7 @@ def _alone(
     """[B, segments, E, N] twice: the kernel's states, and the decays of segments. Of one segment
     of each row, the last one or that before `first_row`, there is nothing."""
     rows, _, channels = inputs["dt_BLE"].shape
-    wanted = ("x_BLE", "dt_BLE", "a_EN", "dt_bias_E", "reset_BL", "factors", "one")
+    wanted = ("x_BLE", "dt_BLE", "a_EN", "dt_bias_E", "reset_BL", "b_BLN", "c_BLN", "one")
     if kernel is adjoint_kernel:
         wanted = (*wanted[1:], "z_BLE", "dy_BLE")
     outputs = {
@@ -350,52 +348,31 @@ def _plan(o: Operands, padded: Operands, warps: int, groups: int, segments: int)
         L=padded.x_BLE.shape[1] // segments,
         sets=padded.a_EN.shape[1] // STATES,
         groups=groups,
-        packed=_packed(o),
     )
 
 
 def _inputs(cut: Operands) -> dict[str, Array]:
     """What the kernels read, by name; `one` is 1 (see `triton_kernels.py`)."""
     arrays = {n: v for n, v in cut._asdict().items() if v is not None}
-    del arrays["b_BLN"], arrays["c_BLN"]
-    factors = _arranged(cut, backward=False)
-    return arrays | {"factors": factors, "one": jnp.ones((1,), jnp.int32)}
+    for name in ("b_BLN", "c_BLN"):
+        arrays[name] = _in_pairs(arrays[name])
+    return arrays | {"one": jnp.ones((1,), jnp.int32)}
 
 
-def _packed(o: Operands) -> bool:
-    return o.b_BLN.dtype == o.c_BLN.dtype == jnp.bfloat16
-
-
-def _arranged(cut: Operands, *, backward: bool) -> Array:
-    """[B, L / 4, N / 16, 32, R], int32: what each lane needs of a group of 4 steps, in the order
-    of `triton_kernels.OUTER_B` and its like; one register of two bfloat16 per operand or two."""
-    bc = jnp.stack([cut.b_BLN, cut.c_BLN], axis=2)
-    bc = bc.astype(jnp.bfloat16 if _packed(cut) else jnp.float32)
-    B, L, _, N = bc.shape
-    lane, half = np.arange(32)[:, None], np.arange(2)
-    set_, position = np.arange(0, N, STATES)[:, None, None], N * np.arange(2)
-
-    def at(step: Any, state: Any, of: int) -> Any:
-        return step * 2 * N + position[of] + set_ + state
-
-    # Steps and states of the two values of an operand; see `Lanes.outer` and `over_states`.
-    outer = lane & 3, 4 * (lane >> 3) + (lane >> 2 & 1) + 2 * half
-    inner = lane >> 3, 4 * (lane & 3) + (lane >> 2 & 1) + 2 * half
-    operands = [at(*outer, 0), at(*inner, 1), at(*outer, 1), at(*inner, 0)]
-    chosen = np.stack(operands if backward else operands[:2], axis=2)  # set, lane, operand, half
-    values = jnp.take(bc.reshape(B, L // STEPS, -1), chosen.reshape(-1), axis=2, mode="clip")
-    registers = lax.bitcast_convert_type(values, jnp.int32) if not _packed(cut) else (
-        lax.bitcast_convert_type(values.reshape(B, L // STEPS, -1, 2), jnp.int32)
-    )
-    return registers.reshape(B, L // STEPS, N // STATES, 32, -1)
+def _in_pairs(v_BLN: Array) -> Array:
+    """[B, L, N / 2] int32 of bfloat16; float32 as it is."""
+    if v_BLN.dtype == jnp.float32:
+        return v_BLN
+    B, L, N = v_BLN.shape
+    return lax.bitcast_convert_type(v_BLN.reshape(B, L, N // 2, 2), jnp.int32)
 
 
 def _sums_in_order(dbc: Array) -> tuple[Array, Array]:
     """Both [B, L, N], float32, from the sums over channels of each program."""
     dbc = dbc[:, :, :-1]
     B, groups, sets = dbc.shape[1:4]
-    # B, group, set, i >> 1, i & 1, step, half, c or b: state 4 (i >> 1) + 2 half + (i & 1).
-    v = dbc.sum(0).reshape(B, groups, sets, 4, 2, STEPS, 2, 2).transpose(7, 0, 1, 5, 2, 3, 6, 4)
+    # B, group, set, i, step, half, c or b: state 2 i + half.
+    v = dbc.sum(0).reshape(B, groups, sets, 8, STEPS, 2, 2).transpose(6, 0, 1, 4, 2, 3, 5)
     v_2BLN = v.reshape(2, B, groups * STEPS, sets * STATES)
     return v_2BLN[1], v_2BLN[0]
 

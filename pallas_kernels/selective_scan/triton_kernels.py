@@ -37,6 +37,7 @@ from pallas_kernels.selective_scan.triton_lanes import (
     STEPS,
     Lanes,
     Parts,
+    swapped,
     unzipped,
     zipped,
 )
@@ -45,9 +46,6 @@ Refs = Mapping[str, Any]
 import os
 MID=[None]
 
-# The operands of products with b and c, as `pallas_triton._arranged` puts them side by side; the
-# forward pass has the first two.
-OUTER_B, INNER_C, OUTER_C, INNER_B = range(4)
 # What drives the states.
 _DRIVE = ("x_BLE", "dt_BLE")
 # Groups of a trip in which the backward pass computes states again.
@@ -57,14 +55,13 @@ _AGAIN = 4
 @dataclass(frozen=True)
 class Plan:
     """Static sizes: L tokens, sets of 16 states, groups of 4 steps in a trip, and a chunk, the
-    steps between saved states (None: none are saved). `packed`: b and c come as pairs of bfloat16.
-    Program (i, j, k) of the grid works on row `rows` i + k + `first_row`."""
+    steps between saved states (None: none are saved). Program (i, j, k) of the grid works on row
+    `rows` i + k + `first_row`."""
 
     lanes: Lanes
     L: int
     sets: int
     groups: int
-    packed: bool
     chunk: int | None = None
     rows: int = 1
     first_row: int = 0
@@ -87,7 +84,9 @@ class Place:
         self.four = lax.broadcasted_iota(jnp.int32, (lanes.width, 4), 1)
         self.states = [STATES * s + lanes.states() for s in range(plan.sets)]
         # Rates for exp2, per set of states.
-        self.a = [plgpu.load(ref["a_EN"].at[self.channels, n]) * LOG2_E for n in self.states]
+        self.a = [
+            swapped(plgpu.load(ref["a_EN"].at[self.channels, n]) * LOG2_E) for n in self.states
+        ]
         self.dt_bias = plgpu.load(ref["dt_bias_E"].at[self.channel])
         self.d = plgpu.load(ref["d_E"].at[self.channel]) if "d_E" in ref else None
         # 1, which the compiler does not know: see the module's docstring.
@@ -101,46 +100,44 @@ class Place:
             loaded["reset_BL"] = plgpu.load(self.ref["reset_BL"].at[self.row, t])
         return loaded
 
-    def factors(self, group: Array, first: int, last: int) -> list[list[Array]]:
-        """Of each set of states the registers, [T] of 32 bits, of some of the operands."""
-        per_operand = 1 if self.plan.packed else 2
-        start, count = first * per_operand, (last + 1 - first) * per_operand
-        width = min(count, 4)
-        loads = range(start, start + count, width)
-        return [
-            [v for r in loads for v in self._registers(group, s, r, width)]
-            for s in range(self.plan.sets)
-        ]
+    def outer(self, name: str, group: Array) -> list[Any]:
+        """Of each set of states what `Lanes.outer` takes of b or c: pairs of neighbouring states,
+        [T] int32 of two bfloat16 or [T] float32 twice."""
+        return self._pairs(name, group * STEPS + self.step, self.lane >> 2)
 
-    def _registers(self, group: Array, s: int, first: int, width: int) -> tuple[Array, ...]:
-        def load(lane: Array, register: Any) -> Array:
-            return plgpu.load(self.ref["factors"].at[self.row, group, s, lane, register])
+    def inner(self, name: str, group: Array) -> list[Any]:
+        """The same for `Lanes.over_states`."""
+        pair = 2 * (self.lane & 3) + (self.lane >> 2 & 1)
+        return self._pairs(name, group * STEPS + (self.lane >> 3), pair)
 
-        if width == 1:
-            return (load(self.lane, first),)
-        shape = (self.plan.lanes.width, width)
-        lane = jnp.broadcast_to(self.lane[:, None], shape)
-        loaded = load(lane, first + lax.broadcasted_iota(jnp.int32, shape, 1))
-        return unzipped(loaded) if width == 4 else tuple(jnp.unstack(loaded, axis=1))
+    def _pairs(self, name: str, t: Array, pair: Array) -> list[Any]:
+        pairs = [pair + STATES // 2 * s for s in range(self.plan.sets)]
+        if self.ref[name].dtype == jnp.int32:
+            return [plgpu.load(self.ref[name].at[self.row, t, at]) for at in pairs]
+        t_2 = jnp.broadcast_to(t[:, None], (self.plan.lanes.width, 2))
+        two = lax.broadcasted_iota(jnp.int32, t_2.shape, 1)
+        loads = [self.ref[name].at[self.row, t_2, 2 * at[:, None] + two] for at in pairs]
+        return [tuple(jnp.unstack(plgpu.load(at), axis=1)) for at in loads]
 
     def put(self, name: str, group: Array, value: Array) -> None:
         """Writes [T] elements of a group."""
         at = self.ref[name].at[self.row, group * STEPS + self.step, self.channel]
         plgpu.store(at, value.astype(self.ref[name].dtype))
 
-    def put_sum(self, name: str, value: Array) -> None:
+    def put_sum(self, name: str, value: Array, *index: int) -> None:
         """Writes [T] sums over groups; those over the 4 steps are left to the reader."""
-        plgpu.store(self.ref[name].at[self.row, self.channel, self.step], value)
+        plgpu.store(self.ref[name].at[*index, self.row, self.channel, self.step], value)
 
     def load_states(self, name: str, *index: Array) -> list[Array]:
         """[T, 4] of each set, of [B, ..., E, N]."""
         ref = self.ref[name]
-        return [plgpu.load(ref.at[self.row, *index, self.channels, n]) for n in self.states]
+        loads = [ref.at[self.row, *index, self.channels, n] for n in self.states]
+        return [swapped(plgpu.load(at)) for at in loads]
 
     def store_states(self, name: str, tiles: list[Array], *index: Array) -> None:
         ref = self.ref[name]
         for n, tile in zip(self.states, tiles, strict=True):
-            plgpu.store(ref.at[self.row, *index, self.channels, n], tile)
+            plgpu.store(ref.at[self.row, *index, self.channels, n], swapped(tile))
 
     def _kept(self, group: Array) -> list[Any]:
         thread = jnp.broadcast_to(
@@ -208,7 +205,7 @@ def in_trips(
     `first`: fetch(0) if it was called before."""
 
     def convert(loaded: Any, nothing: Array) -> Any:
-        return jax.tree.map(lambda v: _arrived(v, nothing, place.plan.packed), loaded)
+        return jax.tree.map(lambda v: _arrived(v, nothing), loaded)
 
     def turn(trip: Array, state: Any) -> Any:
         carry, ready = state
@@ -222,7 +219,7 @@ def in_trips(
         # Its use of what was loaded keeps the loads before the branch. It has nothing in common
         # with the other branch, or that would move before the branch, too.
         def never_taken(carry: Any, ready: Any) -> Any:
-            return carry, jax.tree.map(lambda v: _otherwise(v, place.plan.packed), loaded)
+            return carry, jax.tree.map(_otherwise, loaded)
 
         return lax.cond(trip < trips * place.one, taken, never_taken, carry, ready)
 
@@ -233,8 +230,8 @@ def in_trips(
     return lax.fori_loop(0, trips, turn, (carry, ready))[0]
 
 
-def _arrived(v: Array, nothing: Array, packed: bool) -> Any:
-    """What was loaded as float32: two values of a packed register, else one. `nothing` is 0."""
+def _arrived(v: Array, nothing: Array) -> Any:
+    """What was loaded as float32, two values if it is a pair. `nothing` is 0."""
     if v.ndim == 2:
         nothing = jnp.broadcast_to(nothing[:, None], v.shape)
     if v.dtype == jnp.int8:
@@ -243,17 +240,17 @@ def _arrived(v: Array, nothing: Array, packed: bool) -> Any:
         bits = lax.bitcast_convert_type(v, jnp.uint16).astype(jnp.int32)
         return lax.bitcast_convert_type(bits << (16 | nothing), jnp.float32)
     bits = lax.bitcast_convert_type(v, jnp.int32)
-    if v.dtype == jnp.int32 and packed:
+    if v.dtype == jnp.int32:
         parts = (bits << (16 | nothing), bits & (nothing - 2**16))
         return tuple(lax.bitcast_convert_type(part, jnp.float32) for part in parts)
     return lax.bitcast_convert_type(bits | nothing, jnp.float32)
 
 
-def _otherwise(v: Array, packed: bool) -> Any:
+def _otherwise(v: Array) -> Any:
     """Values of the same kind that depend on v and are not what it arrives as."""
     bits = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[v.dtype.itemsize]
     other = (3 * lax.bitcast_convert_type(v, bits).astype(jnp.int32)).astype(jnp.float32)
-    return (other, other) if v.dtype == jnp.int32 and packed else other
+    return (other, other) if v.dtype == jnp.int32 else other
 
 
 def bounded(index: Array, size: int) -> Array:
@@ -282,14 +279,9 @@ def prepare(place: Place, loaded: Mapping[str, Array]) -> Prepared:
     return Prepared(dt, slope, decay_dt, x, dt * x)
 
 
-def operands(lanes: Lanes, registers: list[Any]) -> list[list[Parts]]:
-    """Per operand and set of states, what products take, of arrived registers."""
-    per_set = []
-    for of_set in registers:
-        v = jax.tree.leaves(of_set)
-        pairs = zip(v[::2], v[1::2], strict=True)
-        per_set.append([lanes.split(zipped(*pair, *pair)) for pair in pairs])
-    return [list(of_operand) for of_operand in zip(*per_set, strict=True)]
+def parts(lanes: Lanes, pairs: list[Any]) -> list[Parts]:
+    """Of each set of states what products take of arrived pairs."""
+    return [lanes.split(zipped(*pair, *pair)) for pair in pairs]
 
 
 def _first(tiles: list[Array]) -> Array:
@@ -311,11 +303,17 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
     d = place.d
     inputs = _DRIVE + tuple(n for n in ("z_BLE",) if n in ref)
-    last = OUTER_B if d is None else INNER_C
 
     def fetch(trip: Array) -> Any:
         groups = [trip * plan.groups + i for i in range(plan.groups)]
-        return [(place.elements(inputs, g), place.factors(g, OUTER_B, last)) for g in groups]
+        return [
+            (
+                place.elements(inputs, g),
+                place.outer("b_BLN", g),
+                place.inner("c_BLN", g) if d is not None else [],
+            )
+            for g in groups
+        ]
 
     def compute(trip: Array, loaded: Any, carry: Any) -> Any:
         h, dt_sum = list(carry[0]), carry[1]
@@ -326,21 +324,21 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
             def _save() -> None:
                 place.store_states("starts_BCEN", h, trip >> (per_chunk.bit_length() - 1))
 
-        for i, (elements, registers) in enumerate(loaded):
+        for i, (elements, b, c) in enumerate(loaded):
             now = prepare(place, elements)
-            b, *c = operands(lanes, registers)
+            b, c = parts(lanes, b), parts(lanes, c)
             u = lanes.split_rounded(now.u)
             entering = [lanes.outer(u, b[s]) for s in sets]
-            y = [zero_4] * STEPS
+            y = jnp.zeros((lanes.width,), jnp.float32)
             for j in range(STEPS):
                 dt = lanes.of_step(now.decay_dt, j)[:, None]
                 for s in sets:
                     decay = lanes.exp2(dt * place.a[s])
                     h[s] = lanes.fma(decay, h[s], entering[s][j])
-                    if d is not None:
-                        y[j] = lanes.over_states(y[j], h[s], c[0][s])
+                if d is not None:
+                    y = lanes.over_states(y, h, c, j)
             if d is not None:
-                out = lanes.fma(d, now.x, lanes.elements(y))
+                out = lanes.fma(d, now.x, y)
                 if "z_BLE" in elements:
                     z = elements["z_BLE"]
                     out = out * (z * lanes.sigmoid(z))
@@ -369,17 +367,17 @@ def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     def fetch(i: Array) -> Any:
         first = bounded(trips - 1 - i, trips) * plan.groups
         groups = [first + g for g in range(plan.groups)]
-        return [(place.elements(inputs, g), place.factors(g, OUTER_C, OUTER_C)) for g in groups]
+        return [(place.elements(inputs, g), place.outer("c_BLN", g)) for g in groups]
 
     def compute(i: Array, loaded: Any, carry: Any) -> Any:
         state, dt_sum = list(carry[0]), carry[1]
-        for elements, registers in reversed(loaded):
+        for elements, c in reversed(loaded):
             now = prepare(place, elements)
             dyg = elements["dy_BLE"]
             if "z_BLE" in elements:
                 z = elements["z_BLE"]
                 dyg = dyg * (z * lanes.sigmoid(z))
-            dyg, (c,) = lanes.split_rounded(dyg), operands(lanes, registers)
+            dyg, c = lanes.split_rounded(dyg), parts(lanes, c)
             entering = [lanes.outer(dyg, c[s]) for s in sets]
             for j in reversed(range(STEPS)):
                 dt = lanes.of_step(now.decay_dt, j)[:, None]
@@ -425,13 +423,13 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
 
         def fetch_again(trip: Array) -> Any:
             groups = groups_of(trip, again)
-            return [(place.elements(_DRIVE, g), place.factors(g, OUTER_B, OUTER_B)) for g in groups]
+            return [(place.elements(_DRIVE, g), place.outer("b_BLN", g)) for g in groups]
 
         def advance(trip: Array, loaded: Any, h: Any) -> Any:
             h = list(h)
-            for g, (elements, registers) in enumerate(loaded):
+            for g, (elements, b) in enumerate(loaded):
                 place.store_kept(h, trip * again + g)
-                now, (b,) = prepare(place, elements), operands(lanes, registers)
+                now, b = prepare(place, elements), parts(lanes, b)
                 u = lanes.split_rounded(now.u)
                 entering = [lanes.outer(u, b[s]) for s in sets]
                 for j in range(STEPS):
@@ -447,7 +445,11 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
         def fetch_values(i: Array) -> Any:
             groups = groups_of(trip_from_end(i), plan.groups)
             return [
-                (place.elements(_DRIVE + later, g), place.factors(g, OUTER_B, INNER_B))
+                (
+                    place.elements(_DRIVE + later, g),
+                    [place.outer("b_BLN", g), place.inner("c_BLN", g)],
+                    [place.outer("c_BLN", g), place.inner("b_BLN", g)],
+                )
                 for g in groups
             ]
 
@@ -486,23 +488,26 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     place.store_sums(place.load_shares(jnp.int32(0)), jnp.int32(0))
     place.store_states("dh0_BEN", dh)
     place.store_states("da_BEN", da)
-    place.put_sum("dd_BE4", dd)
-    place.put_sum("ddt_bias_BE4", dbias)
+    place.put_sum("dd_and_ddt_bias", dd, 0)
+    place.put_sum("dd_and_ddt_bias", dbias, 1)
 
 
 def _group_backward(
-    place: Place, group: Array, elements: Any, registers: Any, h: list[Array], carry: Any
+    place: Place, group: Array, elements: Any, bc: Any, cb: Any, h: list[Array], carry: Any
 ) -> tuple[Any, list[Array]]:
     """carry: gradient of the state after the group, and the sums so far of a's, d's, dt_bias's.
 
     And per set of states the [T, 4] shares of the gradients of b and c."""
     lanes, sets = place.plan.lanes, range(place.plan.sets)
+    nothing = jnp.zeros((lanes.width,), jnp.float32)
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
     d, (state, da, dd, dbias) = place.d, carry
     assert d is not None
     h, state, da = list(h), list(state), list(da)
     now = prepare(place, elements)
-    b_outer, c_inner, c_outer, b_inner = operands(lanes, registers)
+    (b_outer, c_inner), (c_outer, b_inner) = (
+        [parts(lanes, v) for v in pairs] for pairs in (bc, cb)
+    )
     dy = dyg = elements["dy_BLE"]
     through_gate = None
     if "z_BLE" in elements:
@@ -512,7 +517,7 @@ def _group_backward(
         through_gate = dy * (sigmoid * lanes.fma(z, 1 - sigmoid, jnp.ones_like(z)))
     u, across = lanes.split_rounded(now.u), lanes.across(dyg, now.u)
     entering = [lanes.outer(u, b_outer[s]) for s in sets]
-    y, decays, before = [zero_4] * STEPS, [], []
+    y, decays, before = nothing, [], []
     tiles: list[list[Any]] = [[None] * STEPS for _ in sets]
     dbc = [zero_4 for _ in sets]
     for j in range(STEPS):
@@ -521,35 +526,42 @@ def _group_backward(
         before.append(list(h))
         for s in sets:
             h[s] = lanes.fma(decays[j][s], h[s], entering[s][j])
-            y[j] = lanes.over_states(y[j], h[s], c_inner[s])
             tiles[s][j] = h[s]
-            if j % 2:
+        y = lanes.over_states(y, h, c_inner, j)
+        if j % 2:
+            for s in sets:
                 dbc[s] = lanes.over_channels(dbc[s], tiles[s][j - 1 : j + 1], across, j - 1, 0)
     if through_gate is not None:
-        out = lanes.fma(d, now.x, lanes.elements(y))
+        out = lanes.fma(d, now.x, y)
         place.put("dz_BLE", group, through_gate * out)
     dd = lanes.fma(dyg, now.x, dd)
 
     MID[0] = _first(h)
+    w = {"h": _first(h), "y": y, "dbc": unzipped(dbc[0])[0]}.get(os.environ.get("HOLD", ""))
+    if w is not None:
+        zero = lax.bitcast_convert_type(w, jnp.int32) & (place.one - 1)
+        dyg = lax.bitcast_convert_type(lax.bitcast_convert_type(dyg, jnp.int32) | zero, jnp.float32)
     dyg_parts = lanes.split_rounded(dyg)
     entering = [lanes.outer(dyg_parts, c_outer[s]) for s in sets]
-    du, ddt = [zero_4] * STEPS, [zero_4] * STEPS
-    ones = (jnp.ones((lanes.width, 4), jnp.float32),)
+    du = ddt = nothing
+    ones = [(jnp.ones((lanes.width, 4), jnp.float32),) for _ in sets]
     for j in reversed(range(STEPS)):
         dt = lanes.of_step(now.decay_dt, j)[:, None]
         for s in sets:
             state[s] = state[s] + entering[s][j]
-            du[j] = lanes.over_states(du[j], state[s], b_inner[s])
             tiles[s][j] = state[s]
-            if j % 2 == 0:
+        du = lanes.over_states(du, state, b_inner, j)
+        if j % 2 == 0:
+            for s in sets:
                 dbc[s] = lanes.over_channels(dbc[s], tiles[s][j : j + 2], across, j, 1)
+        p = []
+        for s in sets:
             state[s] = decays[j][s] * state[s]
-            p = state[s] * before[j][s]
-            ddt[j] = lanes.over_states(ddt[j], p * place.a[s], ones)
-            da[s] = lanes.fma(dt, p, da[s])
-    du_t, ddt_t = lanes.elements(du), lanes.elements(ddt) * LN_2
-    ddt_t = lanes.fma(du_t, now.x, ddt_t) * now.slope
-    dbias = dbias + ddt_t
-    place.put("dx_BLE", group, lanes.fma(du_t, now.dt, d * dyg))
-    place.put("ddt_BLE", group, ddt_t)
+            p.append(state[s] * before[j][s])
+            da[s] = lanes.fma(dt, p[s], da[s])
+        ddt = lanes.over_states(ddt, [p[s] * place.a[s] for s in sets], ones, j)
+    ddt = lanes.fma(du, now.x, ddt * LN_2) * now.slope
+    dbias = dbias + ddt
+    place.put("dx_BLE", group, lanes.fma(du, now.dt, d * dyg))
+    place.put("ddt_BLE", group, ddt)
     return (state, da, dd, dbias), dbc

@@ -5,7 +5,8 @@ vectors of T = 32 W values, value i in lane i % 32 of warp i // 32. Lane l = 4 c
 
     elements   [T]      channel l >> 2 at step l & 3: inputs and outputs, one element a lane, so
                         that softplus and gate are computed once per element
-    states     [T, 4]   channel l >> 2, states 4 (l & 3) to 4 (l & 3) + 3 of a set of 16
+    states     [T, 4]   channel l >> 2, a set of 16 states: register 2 half + p has
+                        state 4 (l & 3) + 2 p + half
 
 This is the layout of accumulators of the tensor cores' product of 16 x 8 by 8 x 8 values
 (PTX ISA 8.8, section 9.7.14.5, mma.m16n8k8 with tf32; rows r and r + 8 of the hardware are one
@@ -76,7 +77,7 @@ class Lanes:
         return self.lane() & 3
 
     def states(self) -> Array:
-        """[T, 4], the lane's states of 16."""
+        """[T, 4], the lane's states of 16 in order; see `swapped`."""
         return (4 * self.step())[:, None] + lax.broadcasted_iota(jnp.int32, (self.width, 4), 1)
 
     def barrier(self) -> None:
@@ -162,8 +163,9 @@ class Lanes:
         return self.split(v) if self.exact else (self.rounded(v),)
 
     def outer(self, u: Parts, b: Parts) -> list[Array]:
-        """u b of each of 4 steps, [T, 4]; u elements, from `split_rounded`. Registers of b: lane
-        4 (2 m + i) + step has states 4 m + i and 4 m + i + 2."""
+        """u b of each of 4 steps, [T, 4]; u elements, from `split_rounded`.
+
+        Registers of b: lane 4 n + step has states 2 n and 2 n + 1."""
         nothing = jnp.zeros((self.width, 4), jnp.float32)
         halves_of_b = list(zip(*(unzipped(v)[:2] for v in b), strict=True))
         results = []
@@ -179,18 +181,18 @@ class Lanes:
                 results.append(zipped(*(v for p in products for v in p[i : i + 2])))
         return results
 
-    def over_states(self, total: Array, h: Array, c: Parts) -> Array:
-        """total + sum_n h c, [T, 4], for h of one step and c of all: lane 8 step + 4 i + m has
-        states 4 m + i and 4 m + i + 2.
+    def over_states(
+        self, into: Array, h: Sequence[Array], c: Sequence[Parts], step: int
+    ) -> Array:
+        """into, [T], with sum_n h c of one step in that step's lanes, from all sets of states.
 
-        Of 4 such results, one for each step, `elements` takes what is meant."""
-        return self._products(total, self.split(h), c)
-
-    def elements(self, totals: Sequence[Array]) -> Array:
-        """[T], elements, of what `over_states` gave for each of 4 steps."""
-        t0, t1, t2, t3 = (_ends(v) for v in totals)
-        odd, late = (self.step() & 1) != 0, self.step() >= 2
-        return jnp.where(late, jnp.where(odd, t3, t2), jnp.where(odd, t1, t0))
+        Registers of c: lane 8 step + 4 i + m has states 4 m + 2 i and the next."""
+        total = jnp.zeros((self.width, 4), jnp.float32)
+        for tile, factor in zip(h, c, strict=True):
+            total = self._products(total, self.split(tile), factor)
+        # Two parts of a sum lie in rows r and r + 8.
+        first, _, _, last = unzipped(total)
+        return jnp.where(self.step() == step, first + last, into)
 
     def across(self, even: Array, odd: Array) -> Parts:
         """Two vectors of elements as `over_channels` takes them.
@@ -205,8 +207,8 @@ class Lanes:
         """total, [T, 4], and the sums of h v over the warp's channels: of the states h of two
         steps from `step` on, and the p-th vector in v, from `across`.
 
-        Register 2 half + p of lane 4 i + step has state 4 (i >> 1) + (i & 1) + 2 half. Factors
-        are rounded to bfloat16."""
+        Register 2 half + p of lane 4 i + step has state 2 i + half. Factors are rounded to
+        bfloat16, unless `exact`."""
         masks = [self.lane() >> 2 == 2 * (step + i) + p for i in range(2)]
         if self.exact:
             for tile, mask in zip(h, masks, strict=True):
@@ -335,12 +337,6 @@ def _added_product(total: Array, a: Array, b: Array) -> Array:
     return total + d.transpose(0, 2, 3, 1, 4).reshape(-1, 4)
 
 
-def _ends(total: Array) -> Array:
-    """[T] of [T, 4]: where the two parts of a sum lie, in rows r and r + 8."""
-    first, _, _, last = unzipped(total)
-    return first + last
-
-
 def _chosen(v: Array, mask: Array) -> Array:
     """v where mask, else 0."""
     return jnp.where(mask, v, 0.0)
@@ -357,3 +353,9 @@ def zipped(v0: Array, v1: Array, v2: Array, v3: Array) -> Array:
     """[T, 4] of columns."""
     even, odd = jnp.stack([v0, v2], axis=-1), jnp.stack([v1, v3], axis=-1)
     return jnp.stack([even, odd], axis=-1).reshape(-1, 4)
+
+
+def swapped(tile: Array) -> Array:
+    """States in their order to states in the order of registers, and back."""
+    v0, v1, v2, v3 = unzipped(tile)
+    return zipped(v0, v2, v1, v3)
