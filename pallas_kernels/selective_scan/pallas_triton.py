@@ -384,14 +384,20 @@ def _call(
     plan: Plan,
     grid: tuple[int, int] | None = None,
 ) -> dict[str, Array]:
-    """`grid`: rows and parts of rows, see `Plan`; by default every row of dt_BLE."""
+    """`grid`: rows and parts of rows, see `Plan`; by default every row of dt_BLE.
+
+    The kernels see what has L as [B, L x size of a step]."""
     names = (*inputs, *outputs)
+    timed = [n.rsplit("_", 1)[-1].startswith("BL") for n in names]
     rows, _, channels = inputs["dt_BLE"].shape
     rows, parts = grid or (rows, 1)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     call = pl.pallas_call(
         functools.partial(kernel, names=names, plan=plan),
-        out_shape=tuple(outputs.values()),
+        out_shape=tuple(
+            jax.ShapeDtypeStruct((v.shape[0], math.prod(v.shape[1:])), v.dtype) if flat else v
+            for v, flat in zip(outputs.values(), timed[len(inputs) :], strict=True)
+        ),
         grid=(rows, channels // (CHANNELS * plan.lanes.warps), parts),
         in_specs=[anywhere] * len(inputs),
         out_specs=tuple([anywhere] * len(outputs)),
@@ -399,6 +405,10 @@ def _call(
         name=f"selective_scan_{kernel.__name__}",
         interpret=plan.lanes.interpret,
     )
+    arrays = [
+        v.reshape(v.shape[0], -1) if flat else v
+        for v, flat in zip(inputs.values(), timed, strict=False)
+    ]
     with jax.enable_x64(False):  # indices are 32 bit wide
-        results = call(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+        results = call(*arrays)
+    return {n: v.reshape(outputs[n].shape) for n, v in zip(outputs, results, strict=True)}

@@ -67,6 +67,19 @@ class Plan:
     first_row: int = 0
 
 
+class Group(NamedTuple):
+    """4 steps: the group `later` groups after `first`.
+
+    Kept apart, so that what differs between groups of a trip goes into instructions as it is."""
+
+    first: Array
+    later: int
+
+    @property
+    def index(self) -> Array:
+        return self.first + self.later
+
+
 class Place:
     """Where a program reads and writes, and the weights of its channels."""
 
@@ -74,8 +87,8 @@ class Place:
         self.ref, self.plan = ref, plan
         lanes = plan.lanes
         row = pl.program_id(0) * plan.rows + pl.program_id(2) + plan.first_row
-        total, _, channels = ref["dt_BLE"].shape
-        self.row = bounded(row, total)
+        channels = ref["a_EN"].shape[0]
+        self.row = bounded(row, ref["dt_BLE"].shape[0])
         self.block = bounded(pl.program_id(1), channels // (CHANNELS * lanes.warps))
         self.channel = self.block * (CHANNELS * lanes.warps) + lanes.channel()
         self.step = lanes.step()
@@ -92,36 +105,43 @@ class Place:
         # 1, which the compiler does not know: see the module's docstring.
         self.one = plgpu.load(ref["one"].at[self.row * 0])
 
-    def elements(self, names: tuple[str, ...], group: Array) -> dict[str, Array]:
-        """Of a group of 4 steps: [T] of each [B, L, E] input, the reset flags if there are any."""
-        t = group * STEPS + self.step
-        loaded = {n: plgpu.load(self.ref[n].at[self.row, t, self.channel]) for n in names}
+    def _at(self, name: str, group: Group, step: Array, place: Array) -> Any:
+        """A place in a step of a group, of [B, L x size of a step]."""
+        ref = self.ref[name]
+        size = ref.shape[1] // self.plan.L
+        first = group.first * (STEPS * size) + (step * size + place)
+        return ref.at[self.row, first + group.later * STEPS * size]
+
+    def elements(self, names: tuple[str, ...], group: Group) -> dict[str, Array]:
+        """[T] of each [B, L, E] input, and the reset flags if there are any."""
+        loaded = {n: plgpu.load(self._at(n, group, self.step, self.channel)) for n in names}
         if "reset_BL" in self.ref and "dt_BLE" in names:
-            loaded["reset_BL"] = plgpu.load(self.ref["reset_BL"].at[self.row, t])
+            flags = self._at("reset_BL", group, self.step, jnp.int32(0))
+            loaded["reset_BL"] = plgpu.load(flags)
         return loaded
 
-    def outer(self, name: str, group: Array) -> list[Any]:
+    def outer(self, name: str, group: Group) -> list[Any]:
         """Of each set of states what `Lanes.outer` takes of b or c: pairs of neighbouring states,
         [T] int32 of two bfloat16 or [T] float32 twice."""
-        return self._pairs(name, group * STEPS + self.step, self.lane >> 2)
+        return self._pairs(name, group, self.step, self.lane >> 2)
 
-    def inner(self, name: str, group: Array) -> list[Any]:
+    def inner(self, name: str, group: Group) -> list[Any]:
         """The same for `Lanes.over_states`."""
         pair = 2 * (self.lane & 3) + (self.lane >> 2 & 1)
-        return self._pairs(name, group * STEPS + (self.lane >> 3), pair)
+        return self._pairs(name, group, self.lane >> 3, pair)
 
-    def _pairs(self, name: str, t: Array, pair: Array) -> list[Any]:
+    def _pairs(self, name: str, group: Group, step: Array, pair: Array) -> list[Any]:
         pairs = [pair + STATES // 2 * s for s in range(self.plan.sets)]
         if self.ref[name].dtype == jnp.int32:
-            return [plgpu.load(self.ref[name].at[self.row, t, at]) for at in pairs]
-        t_2 = jnp.broadcast_to(t[:, None], (self.plan.lanes.width, 2))
-        two = lax.broadcasted_iota(jnp.int32, t_2.shape, 1)
-        loads = [self.ref[name].at[self.row, t_2, 2 * at[:, None] + two] for at in pairs]
+            return [plgpu.load(self._at(name, group, step, at)) for at in pairs]
+        step_2 = jnp.broadcast_to(step[:, None], (self.plan.lanes.width, 2))
+        two = lax.broadcasted_iota(jnp.int32, step_2.shape, 1)
+        loads = [self._at(name, group, step_2, 2 * at[:, None] + two) for at in pairs]
         return [tuple(jnp.unstack(plgpu.load(at), axis=1)) for at in loads]
 
-    def put(self, name: str, group: Array, value: Array) -> None:
+    def put(self, name: str, group: Group, value: Array) -> None:
         """Writes [T] elements of a group."""
-        at = self.ref[name].at[self.row, group * STEPS + self.step, self.channel]
+        at = self._at(name, group, self.step, self.channel)
         plgpu.store(at, value.astype(self.ref[name].dtype))
 
     def put_sum(self, name: str, value: Array, *index: int) -> None:
@@ -279,6 +299,10 @@ def prepare(place: Place, loaded: Mapping[str, Array]) -> Prepared:
     return Prepared(dt, slope, decay_dt, x, dt * x)
 
 
+def groups_of(first: Array, count: int) -> list[Group]:
+    return [Group(first, later) for later in range(count)]
+
+
 def parts(lanes: Lanes, pairs: list[Any]) -> list[Parts]:
     """Of each set of states what products take of arrived pairs."""
     return [lanes.split(zipped(*pair, *pair)) for pair in pairs]
@@ -305,7 +329,7 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     inputs = _DRIVE + tuple(n for n in ("z_BLE",) if n in ref)
 
     def fetch(trip: Array) -> Any:
-        groups = [trip * plan.groups + i for i in range(plan.groups)]
+        groups = groups_of(trip * plan.groups, plan.groups)
         return [
             (
                 place.elements(inputs, g),
@@ -342,7 +366,7 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                 if "z_BLE" in elements:
                     z = elements["z_BLE"]
                     out = out * (z * lanes.sigmoid(z))
-                place.put("y_BLE", trip * plan.groups + i, out)
+                place.put("y_BLE", Group(trip * plan.groups, i), out)
             if dt_sum is not None:
                 dt_sum = _added(dt_sum, now.decay_dt)
         return (h, dt_sum), _first(h)
@@ -365,8 +389,7 @@ def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     trips = plan.L // (STEPS * plan.groups)
 
     def fetch(i: Array) -> Any:
-        first = bounded(trips - 1 - i, trips) * plan.groups
-        groups = [first + g for g in range(plan.groups)]
+        groups = groups_of(bounded(trips - 1 - i, trips) * plan.groups, plan.groups)
         return [(place.elements(inputs, g), place.outer("c_BLN", g)) for g in groups]
 
     def compute(i: Array, loaded: Any, carry: Any) -> Any:
@@ -418,11 +441,8 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     def chunk_backward(i: Array, carry: Any) -> Any:
         chunk = bounded(chunks - 1 - i, chunks)
 
-        def groups_of(trip: Array, size: int) -> list[Array]:
-            return [chunk * in_chunk + trip * size + g for g in range(size)]
-
         def fetch_again(trip: Array) -> Any:
-            groups = groups_of(trip, again)
+            groups = groups_of(chunk * in_chunk + trip * again, again)
             return [(place.elements(_DRIVE, g), place.outer("b_BLN", g)) for g in groups]
 
         def advance(trip: Array, loaded: Any, h: Any) -> Any:
@@ -442,15 +462,18 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
         def trip_from_end(i: Array) -> Array:
             return bounded(trips - 1 - i, trips)
 
+        def groups_from_end(i: Array) -> list[Group]:
+            first = chunk * in_chunk + trip_from_end(i) * plan.groups
+            return groups_of(first, plan.groups)
+
         def fetch_values(i: Array) -> Any:
-            groups = groups_of(trip_from_end(i), plan.groups)
             return [
                 (
                     place.elements(_DRIVE + later, g),
                     [place.outer("b_BLN", g), place.inner("c_BLN", g)],
                     [place.outer("c_BLN", g), place.inner("b_BLN", g)],
                 )
-                for g in groups
+                for g in groups_from_end(i)
             ]
 
         def fetch_kept(i: Array) -> Any:
@@ -458,14 +481,14 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
             return [place.load_kept(first + g) for g in range(plan.groups)]
 
         def compute(i: Array, loaded: Any, carry: Any) -> Any:
-            groups = groups_of(trip_from_end(i), plan.groups)
+            groups = groups_from_end(i)
             for group, values, h in reversed(list(zip(groups, *loaded, strict=True))):
-                shares = place.load_shares(group + 1)
+                shares = place.load_shares(group.index + 1)
                 carry, tiles = _group_backward(place, group, *values, h, carry)
                 # Of the group before, which is the next one in time.
-                place.store_sums(shares, group + 1)
+                place.store_sums(shares, group.index + 1)
                 for s in sets:
-                    place.store_share(tiles[s], group, s)
+                    place.store_share(tiles[s], group.index, s)
                 lanes.barrier()
             late = os.environ.get("LATE", "end")
             return carry, {"end": _first(carry[0]), "mid": MID[0], "no": jnp.zeros((lanes.width,), jnp.float32)}[late]
@@ -493,7 +516,7 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
 
 
 def _group_backward(
-    place: Place, group: Array, elements: Any, bc: Any, cb: Any, h: list[Array], carry: Any
+    place: Place, group: Group, elements: Any, bc: Any, cb: Any, h: list[Array], carry: Any
 ) -> tuple[Any, list[Array]]:
     """carry: gradient of the state after the group, and the sums so far of a's, d's, dt_bias's.
 
