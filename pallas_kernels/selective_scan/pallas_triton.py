@@ -59,7 +59,6 @@ TUNABLE: Mapping[str, tuple[int, ...]] = {
     "forward_warps": (1, 2, 4, 8),
     "forward_groups": (1, 2, 4, 8),
     "backward_warps": (1, 2, 4, 8),
-    "backward_groups": (1, 2, 4),
     "forward_segments": (1, 2, 4, 8),
     "backward_segments": (1, 2, 4, 8),
     "chunk": (64, 128),
@@ -120,8 +119,7 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     padded = _padded(operands, warps, chunk * segments)
     B, steps, channels = padded.x_BLE.shape
     states = padded.a_EN.shape[1]
-    groups = min(sizes["backward_groups"], chunk // STEPS)
-    plan = _plan(operands, padded, warps, groups, segments)
+    plan = _plan(operands, padded, warps, 1, segments)
     cut = _cut(padded, segments)
     inputs = _inputs(cut)
     del inputs["h0_BEN"]
@@ -246,7 +244,6 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
             "forward_warps": 4,
             "forward_groups": 4,
             "backward_warps": 4,
-            "backward_groups": 1,
             "forward_segments": _enough(B, L, E, _FORWARD_WARPS),
             "backward_segments": _enough(B, L, E, _BACKWARD_WARPS),
             "chunk": 64,
@@ -256,12 +253,11 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
     for name, size in sizes.items():
         if size & (size - 1):
             raise ValueError(f"{OP}: blocks[{name!r}]={size} must be a power of two")
-    for name in ("forward_groups", "backward_groups"):
-        if sizes["chunk"] < STEPS * sizes[name]:
-            raise ValueError(
-                f"{OP}: blocks['chunk']={sizes['chunk']} must be at least {STEPS} times "
-                f"blocks[{name!r}]={sizes[name]}"
-            )
+    if sizes["chunk"] < STEPS * sizes["forward_groups"]:
+        raise ValueError(
+            f"{OP}: blocks['chunk']={sizes['chunk']} must be at least {STEPS} times "
+            f"blocks['forward_groups']={sizes['forward_groups']}"
+        )
     return sizes
 
 

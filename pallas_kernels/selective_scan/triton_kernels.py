@@ -43,8 +43,6 @@ from pallas_kernels.selective_scan.triton_lanes import (
 )
 
 Refs = Mapping[str, Any]
-import os
-MID=[None]
 
 # What drives the states.
 _DRIVE = ("x_BLE", "dt_BLE")
@@ -76,7 +74,7 @@ class Group(NamedTuple):
     later: int
 
     @property
-    def index(self) -> Array:
+    def number(self) -> Array:
         return self.first + self.later
 
 
@@ -143,6 +141,10 @@ class Place:
         """Writes [T] elements of a group."""
         at = self._at(name, group, self.step, self.channel)
         plgpu.store(at, value.astype(self.ref[name].dtype))
+
+    def zeros_after(self, v: Array) -> Array:
+        """[T] int32: zeros, of which the compiler knows nothing before it has v."""
+        return lax.bitcast_convert_type(v, jnp.int32) & (self.one - 1)
 
     def put_sum(self, name: str, value: Array, *index: int) -> None:
         """Writes [T] sums over groups; those over the 4 steps are left to the reader."""
@@ -224,8 +226,8 @@ def in_trips(
 
     `first`: fetch(0) if it was called before."""
 
-    def convert(loaded: Any, nothing: Array) -> Any:
-        return jax.tree.map(lambda v: _arrived(v, nothing), loaded)
+    def convert(loaded: Any, zeros: Array) -> Any:
+        return jax.tree.map(lambda v: _arrived(v, zeros), loaded)
 
     def turn(trip: Array, state: Any) -> Any:
         carry, ready = state
@@ -233,8 +235,7 @@ def in_trips(
 
         def taken(carry: Any, ready: Any) -> Any:
             carry, late = compute(trip, ready, carry)
-            bits = lax.bitcast_convert_type(late, jnp.int32)
-            return carry, convert(loaded, bits & (place.one - 1))
+            return carry, convert(loaded, place.zeros_after(late))
 
         # Its use of what was loaded keeps the loads before the branch. It has nothing in common
         # with the other branch, or that would move before the branch, too.
@@ -243,27 +244,31 @@ def in_trips(
 
         return lax.cond(trip < trips * place.one, taken, never_taken, carry, ready)
 
-    zeros = jnp.zeros((place.plan.lanes.width,), jnp.int32)
-    ready = convert(fetch(jnp.int32(0)) if first is None else first, zeros)
+    at_once = jnp.zeros((place.plan.lanes.width,), jnp.int32)
+    ready = convert(fetch(jnp.int32(0)) if first is None else first, at_once)
     if trips == 1:
         return compute(jnp.int32(0), ready, carry)[0]
     return lax.fori_loop(0, trips, turn, (carry, ready))[0]
 
 
-def _arrived(v: Array, nothing: Array) -> Any:
-    """What was loaded as float32, two values if it is a pair. `nothing` is 0."""
+def _held(v: Array, zeros: Array) -> Array:
+    """v, when `zeros` is known."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(v, jnp.int32) | zeros, jnp.float32)
+
+
+def _arrived(v: Array, zeros: Array) -> Any:
+    """What was loaded, as float32 when `zeros` is known; two values if it is a pair."""
     if v.ndim == 2:
-        nothing = jnp.broadcast_to(nothing[:, None], v.shape)
+        zeros = jnp.broadcast_to(zeros[:, None], v.shape)
     if v.dtype == jnp.int8:
-        return (v.astype(jnp.int32) | nothing).astype(jnp.float32)
+        return (v.astype(jnp.int32) | zeros).astype(jnp.float32)
     if v.dtype == jnp.bfloat16:
         bits = lax.bitcast_convert_type(v, jnp.uint16).astype(jnp.int32)
-        return lax.bitcast_convert_type(bits << (16 | nothing), jnp.float32)
-    bits = lax.bitcast_convert_type(v, jnp.int32)
+        return lax.bitcast_convert_type(bits << (16 | zeros), jnp.float32)
     if v.dtype == jnp.int32:
-        parts = (bits << (16 | nothing), bits & (nothing - 2**16))
-        return tuple(lax.bitcast_convert_type(part, jnp.float32) for part in parts)
-    return lax.bitcast_convert_type(bits | nothing, jnp.float32)
+        halves = (v << (16 | zeros), v & (zeros - 2**16))
+        return tuple(lax.bitcast_convert_type(half, jnp.float32) for half in halves)
+    return _held(v, zeros)
 
 
 def _otherwise(v: Array) -> Any:
@@ -434,79 +439,43 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
     assert plan.chunk
     chunks, in_chunk = plan.L // plan.chunk, plan.chunk // STEPS
-    trips, again = in_chunk // plan.groups, min(_AGAIN, in_chunk)
-    zero = jnp.zeros((lanes.width,), jnp.float32)
-    later = tuple(n for n in ("z_BLE", "dy_BLE") if n in ref)
+    inputs = _DRIVE + tuple(n for n in ("z_BLE", "dy_BLE") if n in ref)
 
     def chunk_backward(i: Array, carry: Any) -> Any:
-        chunk = bounded(chunks - 1 - i, chunks)
+        first = bounded(chunks - 1 - i, chunks) * in_chunk
 
-        def fetch_again(trip: Array) -> Any:
-            groups = groups_of(chunk * in_chunk + trip * again, again)
-            return [(place.elements(_DRIVE, g), place.outer("b_BLN", g)) for g in groups]
+        def from_end(i: Array) -> Array:
+            return bounded(in_chunk - 1 - i, in_chunk)
 
-        def advance(trip: Array, loaded: Any, h: Any) -> Any:
-            h = list(h)
-            for g, (elements, b) in enumerate(loaded):
-                place.store_kept(h, trip * again + g)
-                now, b = prepare(place, elements), parts(lanes, b)
-                u = lanes.split_rounded(now.u)
-                entering = [lanes.outer(u, b[s]) for s in sets]
-                for j in range(STEPS):
-                    dt = lanes.of_step(now.decay_dt, j)[:, None]
-                    for s in sets:
-                        decay = lanes.exp2(dt * place.a[s])
-                        h[s] = lanes.fma(decay, h[s], entering[s][j])
-            return h, _first(h)
+        def fetch_inputs(i: Array) -> Any:
+            group = Group(first + from_end(i), 0)
+            bc = place.outer("b_BLN", group), place.inner("c_BLN", group)
+            cb = place.outer("c_BLN", group), place.inner("b_BLN", group)
+            return place.elements(inputs, group), bc, cb
 
-        def trip_from_end(i: Array) -> Array:
-            return bounded(trips - 1 - i, trips)
-
-        def groups_from_end(i: Array) -> list[Group]:
-            first = chunk * in_chunk + trip_from_end(i) * plan.groups
-            return groups_of(first, plan.groups)
-
-        def fetch_values(i: Array) -> Any:
-            return [
-                (
-                    place.elements(_DRIVE + later, g),
-                    [place.outer("b_BLN", g), place.inner("c_BLN", g)],
-                    [place.outer("c_BLN", g), place.inner("b_BLN", g)],
-                )
-                for g in groups_from_end(i)
-            ]
-
-        def fetch_kept(i: Array) -> Any:
-            first = trip_from_end(i) * plan.groups
-            return [place.load_kept(first + g) for g in range(plan.groups)]
+        def fetch(i: Array) -> Any:
+            return fetch_inputs(i), place.load_kept(from_end(i))
 
         def compute(i: Array, loaded: Any, carry: Any) -> Any:
-            groups = groups_from_end(i)
-            for group, values, h in reversed(list(zip(groups, *loaded, strict=True))):
-                shares = place.load_shares(group.index + 1)
-                carry, tiles = _group_backward(place, group, *values, h, carry)
-                # Of the group before, which is the next one in time.
-                place.store_sums(shares, group.index + 1)
-                for s in sets:
-                    place.store_share(tiles[s], group.index, s)
-                lanes.barrier()
-            late = os.environ.get("LATE", "end")
-            return carry, {"end": _first(carry[0]), "mid": MID[0], "no": jnp.zeros((lanes.width,), jnp.float32)}[late]
+            group = Group(first + from_end(i), 0)
+            shares = place.load_shares(group.number + 1)
+            carry, tiles = _group_backward(place, group, loaded[0], loaded[1], carry)
+            # Of the group before, which is the next one in time.
+            place.store_sums(shares, group.number + 1)
+            for s in sets:
+                place.store_share(tiles[s], group.number, s)
+            lanes.barrier()
+            return carry, _first(carry[0])
 
-        ahead = fetch_values(jnp.int32(0))
-        start = place.load_states("starts_BCEN", chunk)
-        in_trips(place, in_chunk // again, fetch_again, advance, start)
+        ahead = fetch_inputs(jnp.int32(0))
+        _keep_states(place, first)
         return in_trips(
-            place,
-            trips,
-            lambda i: (fetch_values(i), fetch_kept(i)),
-            compute,
-            carry,
-            (ahead, fetch_kept(jnp.int32(0))),
+            place, in_chunk, fetch, compute, carry, (ahead, place.load_kept(from_end(jnp.int32(0))))
         )
 
-    zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
-    start = (place.load_states("dh_BEN"), [zero_4 for _ in sets], zero, zero)
+    nothing = jnp.zeros((lanes.width,), jnp.float32)
+    da = [jnp.zeros((lanes.width, 4), jnp.float32) for _ in sets]
+    start = (place.load_states("dh_BEN"), da, nothing, nothing)
     dh, da, dd, dbias = lax.fori_loop(0, chunks, chunk_backward, start)
     place.store_sums(place.load_shares(jnp.int32(0)), jnp.int32(0))
     place.store_states("dh0_BEN", dh)
@@ -515,12 +484,42 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     place.put_sum("dd_and_ddt_bias", dbias, 1)
 
 
+def _keep_states(place: Place, first: Array) -> None:
+    """Keeps the states before each group of a chunk, whose first group is `first`."""
+    plan, lanes, sets = place.plan, place.plan.lanes, range(place.plan.sets)
+    assert plan.chunk
+    in_chunk = plan.chunk // STEPS
+    in_trip = min(_AGAIN, in_chunk)
+
+    def fetch(trip: Array) -> Any:
+        groups = groups_of(first + trip * in_trip, in_trip)
+        return [(place.elements(_DRIVE, g), place.outer("b_BLN", g)) for g in groups]
+
+    def compute(trip: Array, loaded: Any, h: Any) -> Any:
+        h = list(h)
+        for g, (elements, b) in enumerate(loaded):
+            place.store_kept(h, trip * in_trip + g)
+            now, b = prepare(place, elements), parts(lanes, b)
+            u = lanes.split_rounded(now.u)
+            entering = [lanes.outer(u, b[s]) for s in sets]
+            for j in range(STEPS):
+                dt = lanes.of_step(now.decay_dt, j)[:, None]
+                for s in sets:
+                    decay = lanes.exp2(dt * place.a[s])
+                    h[s] = lanes.fma(decay, h[s], entering[s][j])
+        return h, _first(h)
+
+    chunk = first >> (in_chunk.bit_length() - 1)
+    in_trips(place, in_chunk // in_trip, fetch, compute, place.load_states("starts_BCEN", chunk))
+
+
 def _group_backward(
-    place: Place, group: Group, elements: Any, bc: Any, cb: Any, h: list[Array], carry: Any
+    place: Place, group: Group, inputs: Any, h: list[Array], carry: Any
 ) -> tuple[Any, list[Array]]:
     """carry: gradient of the state after the group, and the sums so far of a's, d's, dt_bias's.
 
     And per set of states the [T, 4] shares of the gradients of b and c."""
+    elements, bc, cb = inputs
     lanes, sets = place.plan.lanes, range(place.plan.sets)
     nothing = jnp.zeros((lanes.width,), jnp.float32)
     zero_4 = jnp.zeros((lanes.width, 4), jnp.float32)
@@ -559,11 +558,9 @@ def _group_backward(
         place.put("dz_BLE", group, through_gate * out)
     dd = lanes.fma(dyg, now.x, dd)
 
-    MID[0] = _first(h)
-    w = {"h": _first(h), "y": y, "dbc": unzipped(dbc[0])[0]}.get(os.environ.get("HOLD", ""))
-    if w is not None:
-        zero = lax.bitcast_convert_type(w, jnp.int32) & (place.one - 1)
-        dyg = lax.bitcast_convert_type(lax.bitcast_convert_type(dyg, jnp.int32) | zero, jnp.float32)
+    # Not before the states are known: overlapping both halves takes more than 128 registers, and
+    # then there is room for 3 programs of 4 warps instead of 4.
+    dyg = _held(dyg, place.zeros_after(_first(h)))
     dyg_parts = lanes.split_rounded(dyg)
     entering = [lanes.outer(dyg_parts, c_outer[s]) for s in sets]
     du = ddt = nothing

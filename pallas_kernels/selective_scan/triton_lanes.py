@@ -181,9 +181,7 @@ class Lanes:
                 results.append(zipped(*(v for p in products for v in p[i : i + 2])))
         return results
 
-    def over_states(
-        self, into: Array, h: Sequence[Array], c: Sequence[Parts], step: int
-    ) -> Array:
+    def over_states(self, into: Array, h: Sequence[Array], c: Sequence[Parts], step: int) -> Array:
         """into, [T], with sum_n h c of one step in that step's lanes, from all sets of states.
 
         Registers of c: lane 8 step + 4 i + m has states 4 m + 2 i and the next."""
@@ -286,9 +284,7 @@ class Lanes:
             b = jnp.concatenate([columns[:, r].reshape(-1, 8, 4) for r in range(k // 4)], axis=2)
             return _added_product(total, a, b)
         kind = f"m16n8k{k}.row.col.f32.tf32.tf32.f32"
-        return self._mma(
-            kind, k // 4, total, _bits(rows, jnp.int32), _bits(columns, jnp.int32)
-        )
+        return self._mma(kind, k // 4, total, _bits(rows, jnp.int32), _bits(columns, jnp.int32))
 
     def _product_of_pairs(self, total: Array, rows: Array, columns: Array) -> Array:
         """`_product` of bfloat16 in pairs, k = 16.

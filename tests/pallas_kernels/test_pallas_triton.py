@@ -38,7 +38,7 @@ def abstract(shape: ScanShape, dtype: str = "bfloat16") -> Operands:
 def test_a_kernel_equals_float64(rng: np.random.Generator) -> None:
     """One shape by default; `test_selective_scan.py` has the others, which are slow."""
     operands = draw(rng, ScanShape(B=2, L=21, E=4, N=3))
-    blocks = {"chunk": 8, "forward_groups": 1, "backward_groups": 1}
+    blocks = {"chunk": 8, "forward_groups": 1}
     got = outputs_and_gradients(operands, "pallas_triton", blocks)
     want = expected(operands, "pallas_triton")
     errors = {name: relative_rms(got[name], want[name]) for name in want}
@@ -109,7 +109,7 @@ def test_other_devices_are_refused(rng: np.random.Generator) -> None:
 def test_segments_make_a_whole(rng: np.random.Generator, segments: int, L: int) -> None:
     """Side by side from border states that a first pass finds; 2 is the shortest chain of them."""
     operands = draw(rng, ScanShape(B=2, L=L, E=5, N=16))
-    blocks = {"chunk": 8, "forward_groups": 1, "backward_groups": 1}
+    blocks = {"chunk": 8, "forward_groups": 1}
     blocks |= {"forward_segments": segments, "backward_segments": segments}
     got = outputs_and_gradients(operands, "pallas_triton", blocks)
     want = expected(operands, "pallas_triton")

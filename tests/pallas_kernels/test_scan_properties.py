@@ -29,7 +29,6 @@ BLOCKS: Mapping[str, dict[str, int]] = {
     "pallas_triton": {
         "chunk": 16,
         "forward_groups": 1,
-        "backward_groups": 1,
         "forward_segments": 2,
         "backward_segments": 4,
     },
