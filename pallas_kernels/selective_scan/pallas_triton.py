@@ -64,9 +64,10 @@ TUNABLE: Mapping[str, tuple[int, ...]] = {
     "chunk": (64, 128),
 }
 _LARGEST_N = 64
-# Warps that keep a GPU of some 500 warp schedulers busy; below, L is cut into segments, but not
-# into shorter ones than these.
-_FORWARD_WARPS, _BACKWARD_WARPS = 1024, 2048
+# A large GPU has some 500 warp schedulers. Forward one warp keeps one busy with long trips, and a
+# first pass over segments costs more than it saves; backward it takes four.
+_FORWARD_WARPS, _BACKWARD_WARPS = 500, 1056
+# Segments are not shorter than these steps.
 _SHORTEST_SEGMENT = 256
 # Groups of a trip where only states are computed.
 _GROUPS_ALONE = 8
@@ -236,15 +237,17 @@ def _check(operands: Operands) -> None:
 def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
     B, L, E = operands.x_BLE.shape
     N = operands.a_EN.shape[1]
+    forward_segments = _enough(B, L, E, _FORWARD_WARPS)
+    few = B * E // CHANNELS * forward_segments < 4 * _FORWARD_WARPS
     sizes = choose(
         OP,
         shape={"B": B, "L": L, "E": E, "N": N},
         dtype=operands.x_BLE.dtype,
         heuristic={
-            "forward_warps": 4,
-            "forward_groups": 4,
+            "forward_warps": 1 if few else 4,
+            "forward_groups": 8 if few else 4,
             "backward_warps": 4,
-            "forward_segments": _enough(B, L, E, _FORWARD_WARPS),
+            "forward_segments": forward_segments,
             "backward_segments": _enough(B, L, E, _BACKWARD_WARPS),
             "chunk": 64,
         },

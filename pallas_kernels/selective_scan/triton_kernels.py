@@ -313,6 +313,17 @@ def parts(lanes: Lanes, pairs: list[Any]) -> list[Parts]:
     return [lanes.split(zipped(*pair, *pair)) for pair in pairs]
 
 
+def _inner(lanes: Lanes, p: list[Array], q: list[Array]) -> Array:
+    """[T]: the sum of p q over the states of a lane."""
+    factors = [
+        pair for s in range(len(p)) for pair in zip(unzipped(p[s]), unzipped(q[s]), strict=True)
+    ]
+    total = factors[0][0] * factors[0][1]
+    for v, w in factors[1:]:
+        total = lanes.fma(v, w, total)
+    return total
+
+
 def _first(tiles: list[Array]) -> Array:
     """[T], one value of [T, 4]."""
     return unzipped(tiles[0])[0]
@@ -563,8 +574,7 @@ def _group_backward(
     dyg = _held(dyg, place.zeros_after(_first(h)))
     dyg_parts = lanes.split_rounded(dyg)
     entering = [lanes.outer(dyg_parts, c_outer[s]) for s in sets]
-    du = ddt = nothing
-    ones = [(jnp.ones((lanes.width, 4), jnp.float32),) for _ in sets]
+    du, through_decay = nothing, [nothing] * STEPS
     for j in reversed(range(STEPS)):
         dt = lanes.of_step(now.decay_dt, j)[:, None]
         for s in sets:
@@ -579,8 +589,8 @@ def _group_backward(
             state[s] = decays[j][s] * state[s]
             p.append(state[s] * before[j][s])
             da[s] = lanes.fma(dt, p[s], da[s])
-        ddt = lanes.over_states(ddt, [p[s] * place.a[s] for s in sets], ones, j)
-    ddt = lanes.fma(du, now.x, ddt * LN_2) * now.slope
+        through_decay[j] = _inner(lanes, p, place.a)
+    ddt = lanes.fma(du, now.x, lanes.over_lanes(through_decay) * LN_2) * now.slope
     dbias = dbias + ddt
     place.put("dx_BLE", group, lanes.fma(du, now.dt, d * dyg))
     place.put("ddt_BLE", group, ddt)

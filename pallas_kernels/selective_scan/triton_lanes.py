@@ -14,6 +14,7 @@ channel here). With it three things need neither shuffles nor loads of one value
 
     outer           u_et b_tn of one step t, a tile of states: of rank one, other steps masked
     over_states     sum_n h_etn c_tn, four steps of which are a vector of elements
+    over_lanes      sums over the lanes of a channel, likewise
     over_channels   sum_e h_etn v_et over a warp's channels, for the gradients of b and c
 
 The products cut their factors to tf32 (11 bits) where the inputs are bfloat16 (8 bits); with
@@ -191,6 +192,17 @@ class Lanes:
         # Two parts of a sum lie in rows r and r + 8.
         first, _, _, last = unzipped(total)
         return jnp.where(self.step() == step, first + last, into)
+
+    def over_lanes(self, v: Sequence[Array]) -> Array:
+        """[T], elements: for each of 4 steps, the sums over a channel's 4 lanes of [T]."""
+        total = jnp.zeros((self.width, 4), jnp.float32)
+        for step in (0, 2):
+            # Rows r have one step, rows r + 8 the next; each pair has half of the columns.
+            rows = zipped(v[step], v[step + 1], v[step], v[step + 1])
+            ones = self._tile(jnp.where(self.lane() >> 4 == step // 2, 1.0, 0.0))
+            total = self._products(total, self.split(rows), (ones,), k=4)
+        first, _, second, _ = unzipped(total)
+        return jnp.where((self.step() & 1) != 0, second, first)
 
     def across(self, even: Array, odd: Array) -> Parts:
         """Two vectors of elements as `over_channels` takes them.

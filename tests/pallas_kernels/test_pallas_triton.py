@@ -82,7 +82,7 @@ def test_every_number_of_states_lowers(N: int, dtype: str) -> None:
     ("blocks", "message"),
     [
         ({"forward_warps": 3}, r"blocks\['forward_warps'\]=3 must be a power of two"),
-        ({"chunk": 8}, r"blocks\['chunk'\]=8 must be at least 4 times .*'forward_groups'\]=4"),
+        ({"chunk": 8}, r"blocks\['chunk'\]=8 must be at least 4 times .*'forward_groups'\]=8"),
         ({"warps": 4}, "blocks has 'warps'; it takes"),
     ],
 )
@@ -120,7 +120,7 @@ def test_segments_make_a_whole(rng: np.random.Generator, segments: int, L: int) 
 def test_few_channels_are_cut_into_segments() -> None:
     one_row = abstract(SCAN_CASES["b1_l2048_e4096"])
     sizes = pallas_triton._sizes(one_row, {})
-    assert (sizes["forward_segments"], sizes["backward_segments"]) == (2, 4)
+    assert (sizes["forward_segments"], sizes["backward_segments"]) == (1, 4)
     for shape in (SCAN_CASES["b8_l2048_e4096"], ScanShape(B=1, L=300, E=64, N=16)):
         sizes = pallas_triton._sizes(abstract(shape), {})
         assert (sizes["forward_segments"], sizes["backward_segments"]) == (1, 1)
