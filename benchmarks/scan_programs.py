@@ -30,10 +30,10 @@ VARIANTS: tuple[Variant, ...] = ("plain", "full")
 KINDS: tuple[Kind, ...] = ("forward", "forward_saving", "backward", "forward_backward")
 # Tokens of a document on average, where rows hold several.
 _DOCUMENT = 256
-# Arithmetic of an H100 or H200, ps per state of an element: forward 20 results of the
-# special-function unit (132 multiprocessors x 16 a clock) for 16 states, their exponentials,
-# softplus and gate; backward some 150 float32 instructions for 16 states.
-_FORWARD_PS, _BACKWARD_PS, _BEYOND_STATES = 5.4 / 20, 10 / 16, 4
+# Results of the special-function unit of an H100 or H200, ps each: 132 multiprocessors give 16 a
+# clock at 1.755 GHz. An element takes N exponentials and those of softplus and gate, in either pass
+# (a backward pass that computes the states again takes twice as many, unless it keeps them).
+_RESULT_PS, _BEYOND_STATES = 5.4 / 20, 4
 
 
 class Inputs(NamedTuple):
@@ -141,10 +141,8 @@ def arithmetic_floor(kind: Kind, shape: ScanShape) -> float | None:
     """Seconds, where the device's are known."""
     if not any(name in dispatch.device_kind() for name in ("H100", "H200")):
         return None
-    forward = _FORWARD_PS * (shape.N + _BEYOND_STATES)
-    backward = _BACKWARD_PS * shape.N
-    ps = {"backward": backward, "forward_backward": forward + backward}.get(kind, forward)
-    return 1e-12 * ps * elements(shape)
+    passes = 2 if kind == "forward_backward" else 1
+    return 1e-12 * passes * _RESULT_PS * (shape.N + _BEYOND_STATES) * elements(shape)
 
 
 def elements(shape: ScanShape) -> int:

@@ -10,7 +10,8 @@ machine idle, L is cut into segments that run side by side: a first pass finds t
 segment (the gradient after it), as the decay of a segment is exp(a sum dt).
 
 State, decays and sums are float32, results are rounded once. With bfloat16 x, b and c the products
-with b and c cut their other factor to tf32; otherwise they are as exact as float32
+with b and c cut their other factor to tf32, and the factors of the sums over channels, which are
+the gradients of b and c, are rounded to bfloat16; otherwise products are as exact as float32
 (`triton_lanes.py`). Saved for the backward pass beyond the inputs: the float32 states before chunks
 of 64 steps, one byte per element at N = 16. Deterministic: the gradients of b and c are summed over
 the channels of a program in its kernel and over programs by XLA, always in the same order.
@@ -63,7 +64,7 @@ TUNABLE: Mapping[str, tuple[int, ...]] = {
     "backward_segments": (1, 2, 4, 8),
     "chunk": (64, 128),
 }
-_LARGEST_N = 64
+_LARGEST_N, _LARGEST_ROW = 64, 2**31
 # A large GPU has some 500 warp schedulers. Forward one warp keeps one busy with long trips, and a
 # first pass over segments costs more than it saves; backward it takes four.
 _FORWARD_WARPS, _BACKWARD_WARPS = 500, 1056
@@ -226,9 +227,12 @@ def _check(operands: Operands) -> None:
         raise Unsupported(f"{operands.x_BLE.shape=} must have elements")
     if not dispatch.interpreted("gpu") and "NVIDIA" not in dispatch.device_kind():
         raise Unsupported(f"its instructions are NVIDIA's, and this is {dispatch.device_kind()}")
+    _, L, E = operands.x_BLE.shape
     N = operands.a_EN.shape[1]
     if N > _LARGEST_N:
         raise Unsupported(f"{N=} states must be at most {_LARGEST_N}")
+    if L * E >= _LARGEST_ROW:
+        raise Unsupported(f"{L=} times {E=} must be below 2^31: places in a row are 32 bit wide")
     for name, v in operands._asdict().items():
         if v is not None and name != "reset_BL" and v.dtype not in _DTYPES:
             raise Unsupported(f"{name}.dtype={v.dtype} must be float32 or bfloat16")

@@ -10,12 +10,15 @@ vectors of T = 32 W values, value i in lane i % 32 of warp i // 32. Lane l = 4 c
 
 This is the layout of accumulators of the tensor cores' product of 16 x 8 by 8 x 8 values
 (PTX ISA 8.8, section 9.7.14.5, mma.m16n8k8 with tf32; rows r and r + 8 of the hardware are one
-channel here). With it three things need neither shuffles nor loads of one value into many lanes:
+channel here). With it these need neither shuffles nor loads of one value into many lanes:
 
     outer           u_et b_tn of one step t, a tile of states: of rank one, other steps masked
     over_states     sum_n h_etn c_tn, four steps of which are a vector of elements
     over_lanes      sums over the lanes of a channel, likewise
     over_channels   sum_e h_etn v_et over a warp's channels, for the gradients of b and c
+
+For `over_channels` values change places first, two of bfloat16 at once (movmatrix), so that a lane
+has neighbouring channels of a state instead of neighbouring states of a channel.
 
 The products cut their factors to tf32 (11 bits) where the inputs are bfloat16 (8 bits); with
 `exact` every factor is split into two such parts, and three products give what float32 would.

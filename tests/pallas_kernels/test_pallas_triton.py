@@ -94,12 +94,15 @@ def test_wrong_blocks_are_named(
         outputs_and_gradients(operands, "pallas_triton", blocks)
 
 
-def test_other_devices_are_refused(rng: np.random.Generator) -> None:
+def test_what_cannot_run_is_refused(rng: np.random.Generator) -> None:
     operands = abstract(SCAN_CASES["b1_l2048_e4096"])
     other = AbstractDevice("AMD Instinct MI300X", None, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=other)):
         with pytest.raises(Unsupported, match="this is AMD Instinct MI300X"):
             pallas_triton.forward(operands, {}, for_backward=False)
+    long = abstract(ScanShape(B=1, L=2**20, E=2**11, N=16))
+    with jax.sharding.use_abstract_mesh(GPU), pytest.raises(Unsupported, match="below 2\\^31"):
+        pallas_triton.forward(long, {}, for_backward=False)
     with pytest.raises(Unsupported, match="must have elements"):
         run(draw(rng, ScanShape(B=0, L=4, E=8, N=16)), "pallas_triton")
 
