@@ -17,10 +17,7 @@ same program in float32, from the same rounded inputs and with weights that are 
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,11 +27,12 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import scan_accuracy, scan_programs, timing
+from benchmarks.record import Record
 from bmojo_jax import presets
 from bmojo_jax.layers import CausalConv, one_document
 from bmojo_jax.memory import innovation
 from bmojo_jax.ssm import Mamba
-from pallas_kernels import dispatch, selective_scan
+from pallas_kernels import selective_scan
 from pallas_kernels.shapes import ScanShape
 
 
@@ -261,27 +259,23 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def main(argv: list[str]) -> None:
     del argv
     output = pathlib.Path(_OUTPUT.value)
-    output.parent.mkdir(parents=True, exist_ok=True)
     copy = timing.copied_bytes_per_second(samples=_SAMPLES.value)
     product = product_flops_per_second(_PRODUCT.value, _SAMPLES.value)
-    content: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.mamba_mixer", *sys.argv[1:]]),
-        "commit": _COMMIT.value,
-        "device": dispatch.device_kind(),
-        "jax": jax.__version__,
-        "copied_bytes_per_second": copy,
-        "product_flops_per_second": product,
-        "cases": [],
-    }
+    record = Record(
+        output,
+        "mamba_mixer",
+        _COMMIT.value,
+        copied_bytes_per_second=copy,
+        product_flops_per_second=product,
+    )
+    cases: list[dict[str, Any]] = []
     timing.say(f"copy {copy / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s")
     wrong: list[str] = []
     runs = [(case, name) for case in _CASES.value for name in _IMPLEMENTATIONS.value or [None]]
     for case, name in timing.progress(runs, unit="case"):
         rows = measure(CASES[case], name, copy=copy, product=product)
-        content["cases"].append({"case": case, "implementation": name or "best", "rows": rows})
-        part = output.with_name(output.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(part, output)
+        cases.append({"case": case, "implementation": name or "best", "rows": rows})
+        record.add("cases", cases)
         timing.say("\n".join([f"{case}, scan by {name or 'the best'}", *table(rows)]))
         wrong += [f"{case} {row['part']} {row['kind']}" for row in rows if "ms" not in row]
     if wrong:

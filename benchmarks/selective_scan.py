@@ -22,9 +22,7 @@ keeps what is faster in `pallas_kernels/tuned.json`. The exit status is 1 if any
 import functools
 import itertools
 import json
-import os
 import pathlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +31,7 @@ import jax
 from absl import app, flags
 
 from benchmarks import scan_accuracy, scan_programs, scan_tuning, timing
+from benchmarks.record import Record
 from benchmarks.scan_programs import KINDS, VARIANTS, Inputs, Kind
 from pallas_kernels import Unsupported, dispatch
 from pallas_kernels.shapes import SCAN_CASES
@@ -68,26 +67,6 @@ CUDA_PEER: Mapping[str, Mapping[str, float]] = {
     "b1_l16384_e4096": {"forward": 1.511, "backward": 5.479},
     "b8_l2048_e1536": {"forward": 0.452, "backward": 1.847},
 }
-
-
-class Record:
-    """The JSON, replaced as a whole whenever something is added."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        self.content: dict[str, Any] = {
-            "command": " ".join(["python -m benchmarks.selective_scan", *sys.argv[1:]]),
-            "commit": _COMMIT.value,
-            "device": dispatch.device_kind(),
-            "jax": jax.__version__,
-            "limits": scan_accuracy.LIMITS,
-        }
-
-    def add(self, name: str, value: Any) -> None:
-        self.content[name] = value
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(part, self.path)
 
 
 def usable(implementations: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -342,11 +321,10 @@ def main(argv: list[str]) -> None:
     if _DRAW.value:
         draw(json.loads(output.read_text()), output)
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
     implementations, refused = usable(
         _IMPLEMENTATIONS.value or dispatch.PREFERENCES[dispatch.platform()]
     )
-    record = Record(output)
+    record = Record(output, "selective_scan", _COMMIT.value, limits=scan_accuracy.LIMITS)
     record.add("not_usable", refused)
     for name, reason in refused.items():
         timing.say(f"{name} is not usable here: {reason}")

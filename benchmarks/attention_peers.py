@@ -1,0 +1,176 @@
+"""What the memory attention is measured against: cuDNN through JAX, FlexAttention in PyTorch.
+
+    cudnn_merged   one sliding window over in-context keys, one over fading keys (queries shifted by
+                   W), merged by their log-sum-exps: what the authors of B'MOJO do with
+                   FlashAttention. The backward passes get the merged output and log-sum-exp, so
+                   that each recomputes the weights of the common softmax.
+    cudnn_window   one sliding window of W + F in-context keys: as many keys, half as many arrays
+    cudnn_full     full causal attention
+    flex           FlexAttention, torch.compile, fading keys behind the in-context ones in one
+                   array of 2 L keys, with a block mask
+
+None has an eidetic memory. JAX's public function rounds the log-sum-exp to the output's dtype and
+does not take a merged one, therefore its cuDNN module is called directly.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax._src.cudnn import fused_attention_stablehlo
+
+from pallas_kernels.memory_attention.operands import Operands
+
+Gradients = tuple[Array, ...]
+cudnn: Any = fused_attention_stablehlo  # private, and its types say less than its documentation
+
+
+def _band(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array, Array]:
+    """o [B, L, H, K] and lse [B, H, L] of causal attention to the last `window` keys."""
+    scale, causal = q.shape[-1] ** -0.5, cudnn.MaskType.CAUSAL
+    return cudnn.dot_product_attention(
+        q, k, v, scale=scale, mask_type=causal, sliding_window_length=window, return_residual=True
+    )
+
+
+def _band_backward(
+    q: Array, k: Array, v: Array, window: int | None, o: Array, lse: Array, do: Array
+) -> Gradients:
+    """dq, dk, dv with weights exp(l - lse) and delta from o, whatever these are."""
+    unused = jnp.zeros(0, q.dtype)
+    residuals = (q, k, v, *[unused] * 7, lse, o)
+    return cudnn._dot_product_attention_bwd_rule(
+        q.shape[-1] ** -0.5,
+        42,
+        0.0,
+        (False, False),
+        cudnn.MaskType.CAUSAL,
+        cudnn.AttentionLayout.BTNH.value,
+        window,
+        True,
+        False,
+        residuals,
+        do,
+    )[:3]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def cudnn_merged(
+    q: Array, k: Array, v: Array, fading_k: Array, fading_v: Array, window: int, fading_window: int
+) -> Array:
+    """o [B, L, H, K]; all arrays [B, L, heads, K]."""
+    return _merged(q, k, v, fading_k, fading_v, window, fading_window)[0]
+
+
+def _merged(
+    q: Array, k: Array, v: Array, fading_k: Array, fading_v: Array, window: int, fading_window: int
+) -> tuple[Array, Array]:
+    L = q.shape[1]
+    o, lse = _band(q, k, v, window)
+    if L <= window:
+        return o, lse
+    late, lse_late = _band(
+        q[:, window:], fading_k[:, : L - window], fading_v[:, : L - window], fading_window
+    )
+    lse_late = jnp.pad(lse_late, ((0, 0), (0, 0), (window, 0)), constant_values=-jnp.inf)
+    late = jnp.pad(late, ((0, 0), (window, 0), (0, 0), (0, 0)))
+    both = jnp.logaddexp(lse, lse_late)
+
+    def weight(part: Array) -> Array:
+        return jnp.exp(part - both).swapaxes(1, 2)[..., None]
+
+    merged = o * weight(lse) + late * weight(lse_late)
+    return merged.astype(q.dtype), both
+
+
+def _merged_forward(*args: Any) -> tuple[Array, tuple[Array, ...]]:
+    o, lse = _merged(*args)
+    return o, (*args[:5], o, lse)
+
+
+def _merged_backward(
+    window: int, fading_window: int, residuals: tuple[Array, ...], do: Array
+) -> Gradients:
+    q, k, v, fading_k, fading_v, o, lse = residuals
+    L = q.shape[1]
+    dq, dk, dv = _band_backward(q, k, v, window, o, lse, do)
+    if L <= window:
+        return dq, dk, dv, jnp.zeros_like(fading_k), jnp.zeros_like(fading_v)
+    early, late = slice(0, L - window), slice(window, L)
+    dq_late, *d_fading = _band_backward(
+        q[:, late],
+        fading_k[:, early],
+        fading_v[:, early],
+        fading_window,
+        o[:, late],
+        lse[:, :, late],
+        do[:, late],
+    )
+    d_fading_k, d_fading_v = (jnp.pad(d, ((0, 0), (0, window), (0, 0), (0, 0))) for d in d_fading)
+    return dq.at[:, late].add(dq_late), dk, dv, d_fading_k, d_fading_v
+
+
+cudnn_merged.defvjp(_merged_forward, _merged_backward)
+
+
+def through_cudnn(name: str, window: int, fading_window: int) -> Callable[[Operands], Array]:
+    """o of the named peer, differentiable; its operands' memory is not looked at."""
+
+    def attend(x: Operands) -> Array:
+        if name == "cudnn_merged":
+            assert x.fading is not None
+            return cudnn_merged(x.q_BLHK, x.k_BLGK, x.v_BLGK, *x.fading, window, fading_window)
+        keys = window + fading_window if name == "cudnn_window" else None
+        return cudnn.dot_product_attention(
+            x.q_BLHK,
+            x.k_BLGK,
+            x.v_BLGK,
+            scale=x.q_BLHK.shape[-1] ** -0.5,
+            mask_type=cudnn.MaskType.CAUSAL,
+            sliding_window_length=keys,
+        )
+
+    return attend
+
+
+def flex(
+    shape: tuple[int, int, int, int, int], window: int, fading_window: int
+) -> tuple[Callable[..., Any], Callable[[int], Any]]:
+    """FlexAttention of [B, L, H, G, K], bfloat16: the function of (q, keys, values), all
+    [B, heads, tokens, K] with 2 L keys, and a function that draws its arguments from a seed.
+
+    Raises:
+      ImportError: PyTorch is not installed.
+    """
+    torch = importlib.import_module("torch")
+    attention = importlib.import_module("torch.nn.attention.flex_attention")
+    B, L, H, G, K = shape
+
+    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        del batch, head
+        age = query - key % L
+        in_context = (key < L) & (age >= 0) & (age < window)
+        fading = (key >= L) & (age >= window) & (age < window + fading_window)
+        return in_context | fading
+
+    mask = attention.create_block_mask(seen, None, None, L, 2 * L, device="cuda")
+    compiled = torch.compile(
+        functools.partial(attention.flex_attention, block_mask=mask, enable_gqa=H != G),
+        dynamic=False,
+    )
+
+    def draw(seed: int) -> Any:
+        generator = torch.Generator("cuda").manual_seed(seed)
+
+        def normal(heads: int, tokens: int) -> Any:
+            return torch.randn(
+                (B, heads, tokens, K), generator=generator, device="cuda", dtype=torch.bfloat16
+            ).requires_grad_()
+
+        return normal(H, L), normal(G, 2 * L), normal(G, 2 * L)
+
+    return compiled, draw

@@ -1,0 +1,429 @@
+"""Checks attention over three memories against float64, and times it beside its peers.
+
+    python -m benchmarks.memory_attention --output results/kernels/attention.json
+    python -m benchmarks.memory_attention --output results/kernels/attention.json --draw
+
+For every length, head width and size of the memory: implementations of `memory_attention`, and the
+peers of `attention_peers`, which have no eidetic memory. Each forward alone, and backward alone
+from what the forward pass saved. Errors are relative root mean squares against the "xla"
+implementation in float64 on the same rounded inputs (the tests hold that against the definition),
+of the output and of every gradient; what is wrong has no time. Peers are checked up to
+`--checked_length`.
+
+Times are medians of at least 20 samples. TFLOP/s are useful ones: 4 K operations for each key that
+a query really sees, by head, and 2.5 times as many backward. Memories are full.
+
+The JSON is written after every case: a run that is cut off loses none. The exit status is 1 if
+anything was wrong.
+"""
+
+import functools
+import importlib
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks import attention_peers, scan_accuracy, timing
+from benchmarks.record import Record
+from pallas_kernels import dispatch, memory_attention
+from pallas_kernels.memory_attention.operands import Eidetic, Fading, Operands
+from pallas_kernels.shapes import AttentionShape
+
+CUDNN = ("cudnn_merged", "cudnn_window", "cudnn_full")
+PEERS = (*CUDNN, "flex")
+KINDS = ("forward", "backward")
+# Of a tensor: bfloat16 results are rounded once, and weights and gradients of logits before their
+# products as well.
+LIMIT = 1e-2
+
+_OUTPUT = flags.DEFINE_string("output", None, "JSON to write, or to draw.", required=True)
+_IMPLEMENTATIONS = flags.DEFINE_list(
+    "implementations", None, "By default those that are made for the platform."
+)
+_PEERS = flags.DEFINE_list("peers", list(PEERS), "To measure beside them; only on NVIDIA GPUs.")
+_LENGTHS = flags.DEFINE_list("lengths", ["2048", "8192", "32768"], "L.")
+_WIDTHS = flags.DEFINE_list("widths", ["128", "64"], "K.")
+_MEMORIES = flags.DEFINE_list("memories", ["0", "64"], "M.")
+_HEADS = flags.DEFINE_integer("heads", 16, "H.")
+_KEY_HEADS = flags.DEFINE_integer("key_heads", 16, "G.")
+_WINDOW = flags.DEFINE_integer("window", 512, "W.")
+_FADING = flags.DEFINE_integer("fading_window", 512, "F.")
+_CHUNK = flags.DEFINE_integer("chunk", 256, "C.")
+_CHECKED = flags.DEFINE_integer("checked_length", 8192, "Largest L at which peers are checked.")
+_SAMPLES = flags.DEFINE_integer("samples", 20, "Of each time.", lower_bound=2)
+_COMMIT = flags.DEFINE_string("commit", "", "Of the code that runs, for the record.")
+_DRAW = flags.DEFINE_bool("draw", False, "Make a figure, .svg and .png, beside the JSON.")
+
+
+class Inputs(NamedTuple):
+    """Operands, and the gradient of the output."""
+
+    operands: Operands
+    do_BLHK: jax.Array
+
+
+Attend = Callable[[Operands], jax.Array]
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def draw_inputs(key: jax.Array, *, shape: AttentionShape) -> Inputs:
+    """Normal, bfloat16; no segments, no bias, every slot filled."""
+    s, keys = shape, iter(jax.random.split(key, 8))
+    Z = -(-s.L // s.chunk)
+
+    def normal(*sizes: int) -> jax.Array:
+        return jax.random.normal(next(keys), sizes, jnp.bfloat16)
+
+    q, do = normal(s.B, s.L, s.H, s.K), normal(s.B, s.L, s.H, s.K)
+    k, v, fading_k, fading_v = (normal(s.B, s.L, s.G, s.K) for _ in range(4))
+    eidetic = None
+    if s.eidetic:
+        memory = (s.B, Z, s.eidetic, s.G, s.K)
+        eidetic = Eidetic(normal(*memory), normal(*memory), jnp.ones(memory[:3], bool), None)
+    return Inputs(Operands(q, k, v, Fading(fading_k, fading_v), eidetic, None), do)
+
+
+def ours(name: str, shape: AttentionShape, **changes: Any) -> Attend:
+    options: dict[str, Any] = dict(window=shape.window, fading_window=shape.fading_window)
+    options |= changes
+
+    def attend(x: Operands) -> jax.Array:
+        memory: dict[str, Any] = {}
+        if x.fading is not None:
+            memory |= {"fading_k_BLGK": x.fading.k_BLGK, "fading_v_BLGK": x.fading.v_BLGK}
+        if x.eidetic is not None:
+            memory |= {"eidetic_k_BZMGK": x.eidetic.k_BZMGK, "eidetic_v_BZMGK": x.eidetic.v_BZMGK}
+            memory |= {"eidetic_valid_BZM": x.eidetic.valid_BZM, "chunk": shape.chunk}
+        out = memory_attention(
+            x.q_BLHK, x.k_BLGK, x.v_BLGK, **memory, **options, implementation=name
+        )
+        return out.o_BLHK
+
+    return attend
+
+
+def differentiated(attend: Attend) -> Callable[[Operands], tuple[jax.Array, Any]]:
+    """o, and the function from its gradient to those of the float operands."""
+
+    def forward(x: Operands) -> tuple[jax.Array, Any]:
+        floats, rest = split(x)
+        return jax.vjp(lambda floats: attend(joined(floats, rest)), floats)
+
+    return forward
+
+
+def split(x: Operands) -> tuple[dict[str, Any], Any]:
+    """What has gradients, and what not."""
+    floats: dict[str, Any] = {"q": x.q_BLHK, "k": x.k_BLGK, "v": x.v_BLGK}
+    if x.fading is not None:
+        floats |= {"fading_k": x.fading.k_BLGK, "fading_v": x.fading.v_BLGK}
+    if x.eidetic is not None:
+        floats |= {"eidetic_k": x.eidetic.k_BZMGK, "eidetic_v": x.eidetic.v_BZMGK}
+    return floats, None if x.eidetic is None else x.eidetic.valid_BZM
+
+
+def joined(floats: Mapping[str, jax.Array], valid: Any) -> Operands:
+    fading = Fading(floats["fading_k"], floats["fading_v"]) if "fading_k" in floats else None
+    eidetic = None
+    if valid is not None:
+        eidetic = Eidetic(floats["eidetic_k"], floats["eidetic_v"], valid, None)
+    return Operands(floats["q"], floats["k"], floats["v"], fading, eidetic, None)
+
+
+class Exact:
+    """Results of one case in float64, by the keys that are seen."""
+
+    def __init__(self, shape: AttentionShape, inputs: Inputs):
+        self.shape, self.inputs = shape, inputs
+        self.done: dict[str, dict[str, np.ndarray]] = {}
+
+    def of(self, name: str) -> dict[str, np.ndarray]:
+        """What an implementation or a peer should give, of the streams that it has."""
+        seen = name if name in ("cudnn_window", "cudnn_full") else "all"
+        if seen not in self.done:
+            self.done[seen] = self._compute(seen)
+        return self.done[seen]
+
+    def _compute(self, seen: str) -> dict[str, np.ndarray]:
+        changes, x = {}, self.inputs.operands
+        if seen != "all":
+            both = self.shape.window + self.shape.fading_window
+            changes = {"window": both if seen == "cudnn_window" else self.shape.L}
+            x = x._replace(fading=None)
+        with jax.enable_x64(True):
+            wide = jax.tree.map(
+                lambda v: v.astype(jnp.float64) if v.dtype == jnp.bfloat16 else v,
+                Inputs(x, self.inputs.do_BLHK),
+            )
+            return results(jax.jit(differentiated(ours("xla", self.shape, **changes))), wide)
+
+
+def results(forward: Any, inputs: Inputs) -> dict[str, np.ndarray]:
+    o, pull = forward(inputs.operands)
+    (gradients,) = jax.jit(lambda pull, do: pull(do))(pull, inputs.do_BLHK)
+    return {
+        name: np.asarray(v, np.float64)
+        for name, v in {"o": o, **{f"d {n}": g for n, g in gradients.items()}}.items()
+    }
+
+
+def errors(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {
+        name: float(np.linalg.norm(got[name] - want[name]) / (np.linalg.norm(want[name]) or 1))
+        for name in want
+        if name in got
+    }
+
+
+def useful_flops(kind: str, name: str, shape: AttentionShape) -> float:
+    i = np.arange(shape.L)
+    if name == "cudnn_full":
+        seen = i + 1
+    else:
+        seen = np.minimum(i + 1, shape.window + shape.fading_window)
+        seen = seen + (0 if name in PEERS else shape.eidetic)
+    passes = {"forward": 1, "backward": 2.5}[kind]
+    return 4 * passes * shape.K * shape.H * shape.B * float(seen.sum())
+
+
+def measure(shape: AttentionShape, implementations: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each implementation or peer and kind."""
+    first = draw_inputs(jax.random.key(0), shape=shape)
+    sets = timing.number_of_sets(timing.nbytes(first))
+    inputs = [first, *(draw_inputs(jax.random.key(n), shape=shape) for n in range(1, sets))]
+    exact, rows = Exact(shape, first), []
+    jobs: dict[tuple[str, str], timing.Job] = {}
+    row_of: dict[tuple[str, str], dict[str, Any]] = {}
+    size = dict(L=shape.L, K=shape.K, M=shape.eidetic)
+    attends = {name: ours(name, shape) for name in implementations if name not in PEERS}
+    attends |= {
+        name: attention_peers.through_cudnn(name, shape.window, shape.fading_window)
+        for name in implementations
+        if name in CUDNN
+    }
+    made = {name: jax.jit(attend) for name, attend in attends.items()}
+    saving = {name: jax.jit(differentiated(attend)) for name, attend in attends.items()}
+    pull = jax.jit(lambda pull, do: pull(do))
+    timing.compile_all(
+        functools.partial(program.lower, first.operands)
+        for programs in (made, saving)
+        for program in programs.values()
+    )
+    for name in attends:
+        row: dict[str, Any] = {"implementation": name, **size}
+        try:
+            if name not in PEERS or shape.L <= _CHECKED.value:
+                row["errors"] = errors(results(saving[name], first), exact.of(name))
+                if not max(row["errors"].values()) <= LIMIT:
+                    row["wrong"] = f"errors above {LIMIT}: {row['errors']}"
+        except Exception as error:
+            row["wrong"] = scan_accuracy.in_short(error)
+        if "wrong" in row:
+            rows.append(row)
+            continue
+        saved = [saving[name](one.operands)[1] for one in inputs]
+        arguments = {
+            "forward": (made[name], [(one.operands,) for one in inputs]),
+            "backward": (
+                pull,
+                [(s, one.do_BLHK) for s, one in zip(saved, inputs, strict=True)],
+            ),
+        }
+        for kind in KINDS:
+            jobs[name, kind] = timing.Job(*arguments[kind])
+            row_of[name, kind] = {**row, "kind": kind}
+    for (name, kind), times in timing.measure(jobs, samples=_SAMPLES.value).items():
+        row_of[name, kind] |= times.record()
+    del jobs
+    rows += row_of.values()
+    if "flex" in implementations:
+        rows += measure_flex(shape, exact)
+    for row in rows:
+        if "ms" in row:
+            flops = useful_flops(row["kind"], row["implementation"], shape)
+            row["useful_tflops"] = 1e-9 * flops / row["ms"]
+    return rows
+
+
+def measure_flex(shape: AttentionShape, exact: Exact) -> list[dict[str, Any]]:
+    """FlexAttention's rows; what went wrong, if it does not run here."""
+    row: dict[str, Any] = {"implementation": "flex", "L": shape.L, "K": shape.K, "M": shape.eidetic}
+    try:
+        torch = importlib.import_module("torch")
+        attend, draw = attention_peers.flex(
+            (shape.B, shape.L, shape.H, shape.G, shape.K), shape.window, shape.fading_window
+        )
+        if shape.L <= _CHECKED.value:
+            row["errors"] = errors(_flex_results(attend, exact), exact.of("flex"))
+            if not max(row["errors"].values()) <= LIMIT:
+                return [row | {"wrong": f"errors above {LIMIT}: {row['errors']}"}]
+        sets = [draw(seed) for seed in range(3)]
+        outputs = [attend(*one) for one in sets]
+        gradients = [torch.randn_like(o) for o in outputs]
+
+        def forward(i: int) -> None:
+            with torch.no_grad():
+                attend(*sets[i])
+
+        def backward(i: int) -> None:
+            torch.autograd.grad(outputs[i], sets[i], gradients[i], retain_graph=True)
+
+        rows = []
+        for kind, run in (("forward", forward), ("backward", backward)):
+            samples = _torch_samples(torch, run, len(sets))
+            low, median, high = np.quantile(samples, [0.25, 0.5, 0.75])
+            rows.append(
+                row
+                | {"kind": kind, "ms": 1e3 * median, "quartiles_ms": [1e3 * low, 1e3 * high]}
+                | {"samples": len(samples)}
+            )
+        return rows
+    except Exception as error:
+        return [row | {"wrong": scan_accuracy.in_short(error)}]
+
+
+def _torch_samples(torch: Any, run: Callable[[int], None], sets: int) -> list[float]:
+    """Seconds per call; a sample is some 10 ms of calls that walk through the sets."""
+
+    def sample(calls: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in range(calls):
+            run(call % sets)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    sample(3)
+    calls = max(sets, int(0.01 / sample(sets)))
+    sample(calls)
+    return [sample(calls) for _ in range(_SAMPLES.value)]
+
+
+def _flex_results(attend: Callable[..., Any], exact: Exact) -> dict[str, np.ndarray]:
+    torch = importlib.import_module("torch")
+    x, do = exact.inputs
+    assert x.fading is not None
+
+    def tensor(*parts: jax.Array) -> Any:
+        values = np.concatenate([np.asarray(v, np.float32) for v in parts], axis=1)
+        tensor = torch.from_numpy(values).to("cuda", torch.bfloat16).transpose(1, 2)
+        return tensor.contiguous().requires_grad_()
+
+    q, k, v = tensor(x.q_BLHK), tensor(x.k_BLGK, x.fading[0]), tensor(x.v_BLGK, x.fading[1])
+    o = attend(q, k, v)
+    gradients = torch.autograd.grad(o, (q, k, v), tensor(do).detach())
+    o, dq, dk, dv = (
+        t.detach().transpose(1, 2).float().cpu().numpy().astype(np.float64) for t in (o, *gradients)
+    )
+    L = q.shape[2]
+    return {
+        "o": o,
+        "d q": dq,
+        "d k": dk[:, :L],
+        "d fading_k": dk[:, L:],
+        "d v": dv[:, :L],
+        "d fading_v": dv[:, L:],
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Milliseconds and useful TFLOP/s by implementation."""
+    lines = [
+        f"{'L, K, M':<20}{'':<16}" + "".join(f"{k:>12} ms  TFLOP/s" for k in KINDS) + "   error"
+    ]
+    by: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["L"], row["K"], row["M"], row["implementation"])
+        by.setdefault(key, {})[row.get("kind", "wrong")] = row
+    for (L, K, M, name), of in by.items():
+        text = "".join(
+            f"{of[kind]['ms']:>15.3f}{of[kind]['useful_tflops']:>9.0f}"
+            if "ms" in of.get(kind, {})
+            else f"{'-':>15}{'-':>9}"
+            for kind in KINDS
+        )
+        error = max(
+            (e for row in of.values() for e in row.get("errors", {}).values()), default=None
+        )
+        shown = "" if error is None else f"{error:>8.1e}"
+        lines.append(f"{f'{L}, {K}, {M}':<20}{name:<16}{text}{shown}")
+    return lines
+
+
+def draw(content: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Useful TFLOP/s over L, by kind and K."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in content["rows"] if "ms" in row]
+    widths = sorted({row["K"] for row in rows})
+    figure = Figure(figsize=(5 * len(KINDS), 3.4 * len(widths) + 0.6), layout="constrained")
+    panels = figure.subplots(len(widths), len(KINDS), squeeze=False, sharex=True)
+    series = list(dict.fromkeys((row["implementation"], row["M"]) for row in rows))
+    handles: dict[str, Any] = {}
+    for (K, kind), axes in zip(itertools.product(widths, KINDS), panels.flat, strict=True):
+        for number, (name, M) in enumerate(series):
+            points = sorted(
+                (row["L"], row["useful_tflops"])
+                for row in rows
+                if (row["K"], row["kind"], row["implementation"], row["M"]) == (K, kind, name, M)
+            )
+            if points:
+                (line,) = axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}")
+                handles.setdefault(f"{name}, M = {M}", line)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{kind}, K = {K}")
+        axes.set_xlabel("L")
+        axes.set_ylabel("useful TFLOP/s")
+        axes.grid(alpha=0.3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"Attention over three memories on {content['device']}")
+    for suffix in (".svg", ".png"):
+        figure.savefig(path.with_suffix(suffix), dpi=130)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    output = pathlib.Path(_OUTPUT.value)
+    if _DRAW.value:
+        draw(json.loads(output.read_text()), output)
+        return
+    unknown = [name for name in _PEERS.value if name not in PEERS]
+    if unknown:
+        raise app.UsageError(f"--peers: {unknown} must be of {PEERS}")
+    peers = _PEERS.value if "NVIDIA" in dispatch.device_kind() else []
+    names = _IMPLEMENTATIONS.value or dispatch.PREFERENCES[dispatch.platform()]
+    record, rows = Record(output, "memory_attention", _COMMIT.value), []
+    sizes = list(itertools.product(_WIDTHS.value, _LENGTHS.value, _MEMORIES.value))
+    for K, L, M in timing.progress(sizes, unit="case"):
+        shape = AttentionShape(
+            B=1,
+            L=int(L),
+            H=_HEADS.value,
+            G=_KEY_HEADS.value,
+            K=int(K),
+            window=_WINDOW.value,
+            fading_window=_FADING.value,
+            eidetic=int(M),
+            chunk=_CHUNK.value,
+        )
+        # Peers have no eidetic memory: once is enough.
+        measured = measure(shape, [*names, *(peers if int(M) == 0 else [])])
+        rows += measured
+        record.add("rows", rows)
+        timing.say("\n".join(table(measured)))
+    wrong = [row for row in rows if "wrong" in row]
+    if wrong:
+        raise SystemExit("\n".join(["wrong, and therefore not timed:", *map(str, wrong)]))
+
+
+if __name__ == "__main__":
+    app.run(main)
