@@ -4,7 +4,8 @@ One pass over the keys that a tile of queries sees, in-context, fading and eidet
 softmax; backward two passes, one by queries (dq) and one by keys (dk and dv: the in-context keys,
 the fading keys and the memories), which recompute the weights from lse. No atomics: results do not
 depend on the order of programs. Cost O(L (W + F + M)), memory O(L) beyond inputs and outputs: lse
-and delta. Nothing is copied: arrays stay [B, L, heads, K].
+and delta. Arrays stay [B, L, heads, K]; nothing is copied, unless K is not 32, 64, 128 or 256: then
+heads are padded to the next of these.
 
 Matrix products in the inputs' dtype with float32 accumulation; softmax, lse and sums in float32.
 float32 products are exact to float32, not TF32.
@@ -42,7 +43,7 @@ from pallas_kernels.memory_attention.triton_kernels import (
 )
 
 OP = "memory_attention/pallas_triton"
-WIDTHS = (32, 64, 128, 256)
+_WIDTHS = (32, 64, 128, 256)
 _DTYPES = (jnp.float32, jnp.bfloat16)
 # Of the forward pass, of dq ("queries") and of dk and dv ("keys"): queries and keys of a tile,
 # warps, and stages of the pipeline of loads.
@@ -61,29 +62,30 @@ _LEAST_TILE = 16
 
 def forward(operands: Operands, spec: Spec) -> AttentionOutput:
     _check(operands)
-    B, L, H, _ = operands.q_BLHK.shape
-    sizes = _sizes(operands, spec)
-    plan, inputs = _plan(operands, spec, sizes, "forward"), _inputs(operands)
-    q = operands.q_BLHK
+    x = _padded(operands)
+    q, K = x.q_BLHK, operands.q_BLHK.shape[3]
+    B, L, H, _ = q.shape
+    sizes = _sizes(x, spec)
+    plan, inputs = _plan(x, spec, sizes, "forward"), _inputs(x)
     outputs = {
         "o": jax.ShapeDtypeStruct(q.shape, q.dtype),
         "lse": jax.ShapeDtypeStruct((B, H, L), jnp.float32),
     }
     out = _call(forward_kernel, inputs, outputs, plan, sizes, "forward", -(-L // plan.queries), H)
-    return AttentionOutput(out["o"], out["lse"].swapaxes(1, 2))
+    return AttentionOutput(out["o"][..., :K], out["lse"].swapaxes(1, 2))
 
 
 def backward(
     operands: Operands, spec: Spec, out: AttentionOutput, d_out: AttentionOutput
 ) -> Operands:
-    x = operands
+    x = _padded(operands)
     L, H = x.q_BLHK.shape[1:3]
     G = x.k_BLGK.shape[2]
-    sizes = _sizes(operands, spec)
+    sizes = _sizes(x, spec)
     o, do = out.o_BLHK.astype(jnp.float32), d_out.o_BLHK.astype(jnp.float32)
     delta_BLH = (o * do).sum(-1) - d_out.lse_BLH
     rows = {
-        "do": d_out.o_BLHK.astype(x.q_BLHK.dtype),
+        "do": _wide(d_out.o_BLHK.astype(x.q_BLHK.dtype)),
         "lse": out.lse_BLH.swapaxes(1, 2),
         "delta": delta_BLH.swapaxes(1, 2),
     }
@@ -140,7 +142,33 @@ def backward(
         bias = x.eidetic.bias_BZHM
         d_bias = None if bias is None else d["dbias"].astype(bias.dtype)
         eidetic = Eidetic(d["dk"], d["dv"], cast(Array, None), d_bias)
-    return Operands(dq, dk, dv, fading, eidetic, None)
+    gradients = Operands(dq, dk, dv, fading, eidetic, None)
+    K = operands.q_BLHK.shape[3]
+    bias = None if eidetic is None else eidetic.bias_BZHM
+    cut = jax.tree.map(lambda d: d[..., :K], gradients)
+    return cut if bias is None else cut._replace(eidetic=cut.eidetic._replace(bias_BZHM=bias))
+
+
+def _padded(x: Operands) -> Operands:
+    """Heads as wide as the kernels take them."""
+    fading = None if x.fading is None else Fading(*map(_wide, x.fading))
+    eidetic = x.eidetic
+    if eidetic is not None:
+        wide = {n: _wide(getattr(eidetic, n)) for n in ("k_BZMGK", "v_BZMGK")}
+        eidetic = eidetic._replace(**wide)
+    return x._replace(
+        q_BLHK=_wide(x.q_BLHK),
+        k_BLGK=_wide(x.k_BLGK),
+        v_BLGK=_wide(x.v_BLGK),
+        fading=fading,
+        eidetic=eidetic,
+    )
+
+
+def _wide(v: Array) -> Array:
+    K = v.shape[-1]
+    width = next(width for width in _WIDTHS if width >= K)
+    return jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, width - K)]) if width > K else v
 
 
 def _like(v: Array) -> jax.ShapeDtypeStruct:
@@ -151,10 +179,10 @@ def _check(x: Operands) -> None:
     if not dispatch.interpreted("gpu") and "NVIDIA" not in dispatch.device_kind():
         raise Unsupported(f"it is written for NVIDIA's GPUs, and this is {dispatch.device_kind()}")
     if x.q_BLHK.dtype not in _DTYPES:
-        raise Unsupported(f"{x.q_BLHK.dtype=} must be float32 or bfloat16")
+        raise Unsupported(f"q.dtype={x.q_BLHK.dtype.name} must be float32 or bfloat16")
     K = x.q_BLHK.shape[3]
-    if K not in WIDTHS:
-        raise Unsupported(f"{K=} must be one of {WIDTHS}")
+    if K > _WIDTHS[-1]:
+        raise Unsupported(f"{K=} must be at most {_WIDTHS[-1]}")
 
 
 def _sizes(x: Operands, spec: Spec) -> dict[str, int]:

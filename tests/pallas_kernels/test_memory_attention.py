@@ -1,5 +1,6 @@
 """Attention over three memories: implementations against the reference, and what must hold."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,17 @@ from pallas_kernels.shapes import ATTENTION_CASES, AttentionShape
 from tests.tolerances import TOLERANCE, relative_rms
 
 BACKENDS = ("xla",)
-EVERY = ("reference", *BACKENDS)
+# Kernels, which run interpreted here, in small tiles. They refuse float64.
+KERNELS = ("pallas_triton",)
+BLOCKS: Mapping[str, dict[str, int]] = {
+    "xla": {"queries": 8},
+    "pallas_triton": {
+        f"{part}_{what}": 16 for part in ("forward", "dq", "dkv") for what in ("queries", "keys")
+    },
+}
+# Interpreting a kernel takes seconds to compile.
+ALL = [*BACKENDS, *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS)]
+EVERY = ["reference", *ALL]
 SMALL = [name for name, shape in ATTENTION_CASES.items() if shape.L < 100]
 # Every stream, a border of every kind crossed several times, heads shared.
 SHAPE = AttentionShape(B=2, L=23, H=4, G=2, K=4, window=3, fading_window=4, eidetic=3, chunk=5)
@@ -97,16 +108,32 @@ def test_equals_reference_in_float64(
 
 @pytest.mark.parametrize("case", ["one_token", "primes", "wide"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", ALL)
 def test_equals_reference(
     rng: np.random.Generator, implementation: str, dtype: str, case: str
 ) -> None:
     floats, options = draw(rng, ATTENTION_CASES[case], dtype)
     want = outputs_and_gradients(floats, options, "reference")
-    got = outputs_and_gradients(floats, options, implementation)
+    got = outputs_and_gradients(floats, options, implementation, blocks=BLOCKS[implementation])
     for name, array in got.items():
         assert array.dtype == (jnp.float32 if name == "lse" else dtype), name
     assert_close(got, want, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_equals_float64(rng: np.random.Generator, kernel: str, case: str) -> None:
+    floats, options = draw(rng, ATTENTION_CASES[case])
+    got = outputs_and_gradients(floats, options, kernel, blocks=BLOCKS[kernel])
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda v: jnp.asarray(np.asarray(v), "float64"), floats)
+        want = outputs_and_gradients(wide, options, "reference")
+    assert got.keys() == want.keys()
+    # Relative to the rounding of their terms, gradients that should vanish do.
+    errors = {n: np.linalg.norm(np.asarray(got[n]) - np.asarray(want[n])) for n in want}
+    sizes = {n: max(1e-2, float(np.linalg.norm(np.asarray(want[n])))) for n in want}
+    assert all(errors[n] < 2e-6 * sizes[n] for n in want), (errors, sizes)
 
 
 @pytest.mark.parametrize("queries", [1, 5, 12, 64])
@@ -286,19 +313,19 @@ def test_packed_documents_equal_documents_apart(
     assert_close(packed._asdict(), apart._asdict(), "float32")
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", ALL)
 def test_vmap_equals_a_loop(rng: np.random.Generator, implementation: str) -> None:
     floats, options = draw(rng, SHAPE)
     more, _ = draw(rng, SHAPE)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), floats, more)
 
     def gradients(floats: Arrays) -> dict[str, jax.Array]:
-        return outputs_and_gradients(floats, options, implementation, blocks={"queries": 8})
+        return outputs_and_gradients(floats, options, implementation, blocks=BLOCKS[implementation])
 
     assert_close(jax.vmap(gradients)(stacked), jax.lax.map(gradients, stacked), "float32")
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", ALL)
 def test_scanned_and_rematerialised_layers(rng: np.random.Generator, implementation: str) -> None:
     floats, options = draw(rng, SHAPE)
 
