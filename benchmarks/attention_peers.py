@@ -25,6 +25,8 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from pallas_kernels.memory_attention.operands import Operands
 
+CUDNN = ("cudnn_merged", "cudnn_window", "cudnn_full")
+NAMES = (*CUDNN, "flex")
 Gradients = tuple[Array, ...]
 cudnn: Any = fused_attention_stablehlo  # private, and its types say less than its documentation
 

@@ -163,7 +163,7 @@ def judge(errors: Mapping[str, float], dtype: str) -> dict[str, Any]:
     return {"errors": dict(errors), **wrong}
 
 
-def in_short(error: Exception) -> str:
+def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:500]}"
 
 
