@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.memory_attention import pallas_triton, reference, xla
+from pallas_kernels.memory_attention import pallas_tpu, pallas_triton, reference, xla
 from pallas_kernels.memory_attention.operands import (
     AttentionOutput,
     Eidetic,
@@ -70,6 +70,7 @@ IMPLEMENTATIONS = {
     "reference": reference.attend,
     "xla": functools.partial(_attend, xla),
     "pallas_triton": functools.partial(_attend, pallas_triton),
+    "pallas_tpu": functools.partial(_attend, pallas_tpu),
 }
 
 
