@@ -1,10 +1,7 @@
 """The benchmark of the memory attention: what is wrong gets no time; peers are what they say."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +11,8 @@ import pytest
 from benchmarks import attention_peers, attention_tuning
 from benchmarks.attention_programs import draw_inputs, useful_flops
 from pallas_kernels.shapes import AttentionShape
+from tests.test_benchmarks import run
 
-ROOT = pathlib.Path(__file__).parent.parent
 SHAPE = AttentionShape(1, 40, 2, 1, 16, 8, 6, 4, 8)
 
 # An implementation whose gradient of the fading values is wrong.
@@ -36,18 +33,6 @@ planted = types.SimpleNamespace(forward=xla.forward, backward=backward)
 api.IMPLEMENTATIONS["planted"] = functools.partial(api._attend, planted)
 app.run(memory_attention.main)
 """
-
-
-def run(*command: str) -> subprocess.CompletedProcess:
-    """Flags belong to a process: commands that define the same ones cannot share one."""
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_what_is_wrong_is_not_timed(tmp_path: pathlib.Path) -> None:
