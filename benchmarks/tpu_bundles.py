@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bmojo_jax import topologies
 from pallas_kernels.selective_scan import pallas_tpu
 from pallas_kernels.selective_scan import pallas_tpu_kernels as kernels
 from pallas_kernels.selective_scan.operands import Operands, ScanOutput
@@ -177,18 +177,16 @@ def programs(
 
 def measure(chip: str, shape: ScanShape, dump: pathlib.Path) -> dict[str, dict[str, Count]]:
     """Compiles everything for one chip: {variant: {program: count}}."""
-    devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices[:1]
+    devices = topologies.devices(TOPOLOGIES[chip])[:1]
     mesh = Mesh(np.array(devices), ("one",))
-    device = jax.sharding.AbstractDevice(devices[0].device_kind, None, platform="tpu")
-    target = jax.sharding.AbstractMesh((), (), abstract_device=device)
     counts: dict[str, dict[str, Count]] = {}
     for variant in VARIANTS:
         counts[variant] = {}
-        with jax.sharding.use_abstract_mesh(target):
+        with topologies.compiling_for(devices):
             todo = programs(shape, variant, NamedSharding(mesh, PartitionSpec()))
         for name, (function, arguments) in todo.items():
             known = set(dump.iterdir())
-            with jax.sharding.use_abstract_mesh(target):
+            with topologies.compiling_for(devices):
                 traced = jax.jit(function).trace(*arguments)
             traced.lower(lowering_platforms=("tpu",)).compile()
             new = [

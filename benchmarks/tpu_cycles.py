@@ -32,8 +32,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     shape = SCAN_CASES[_CASE.value]
     with tempfile.TemporaryDirectory() as folder:
-        # libtpu reads these once, when it is loaded.
-        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+        # libtpu reads it once, when it is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         jax.config.update("jax_platforms", "cpu")
         counts = {chip: measure(chip, shape, pathlib.Path(folder)) for chip in _CHIPS.value}

@@ -9,7 +9,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Of our own modules, what each may import; a name stands for everything below it.
 LAYERS = [
     {"bmojo_jax.settings", "bmojo_jax.processes", "bmojo_jax.records"},
-    {"bmojo_jax.config", "bmojo_jax.console", "bmojo_jax.paths", "bmojo_jax.lock"},
+    {
+        "bmojo_jax.config",
+        "bmojo_jax.console",
+        "bmojo_jax.paths",
+        "bmojo_jax.lock",
+        "bmojo_jax.topologies",
+    },
     {"bmojo_jax.manifest"},
     {"bmojo_jax.inventory"},
     {"bmojo_jax.sharding", "bmojo_jax.layers"},

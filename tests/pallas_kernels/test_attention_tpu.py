@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 # Whether races were found is told nowhere else.
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator  # isort: skip
 
+from bmojo_jax import topologies
 from pallas_kernels import Unsupported, dispatch, memory_attention
 from pallas_kernels.memory_attention import pallas_tpu
 from pallas_kernels.memory_attention.tpu_tiles import Stream, cut, whole
@@ -289,14 +289,12 @@ def test_lowers(case: str, x64: bool) -> None:
 @without_libtpu
 @pytest.mark.parametrize("case", PRODUCTION)
 @pytest.mark.parametrize("chip", TOPOLOGIES)
-def test_compiles(monkeypatch: pytest.MonkeyPatch, chip: str, case: str) -> None:
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices[:1]
+def test_compiles(chip: str, case: str) -> None:
+    devices = topologies.devices(TOPOLOGIES[chip])[:1]
     sharding = NamedSharding(Mesh(np.array(devices), ("one",)), PartitionSpec())
-    device = AbstractDevice(devices[0].device_kind, None, platform="tpu")
     shape = ATTENTION_CASES[case]
     loss, arguments = loss_and_arguments(shape, sharding)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    with topologies.compiling_for(devices):
         traced = jax.jit(jax.grad(loss)).trace(*arguments)
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     # q, do, o, dq and their transposes; the logits alone would take 4 GiB.
