@@ -10,7 +10,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bmojo_jax import checkpoint, checks, closing, config, console, sweep, trainer
+from bmojo_jax import checkpoint, checks, closing, config, console, processes, sweep, trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The settings of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     try:
         settings = config.from_config_dict(_CONFIG.value)
         if _DISTRIBUTED.value:  # before anything asks for devices
-            jax.distributed.initialize(*process)
+            processes.connect(*process)
         elif process != (None, None, None):
             raise ValueError("--coordinator, --num_processes and --process_id need --distributed")
     except (OSError, ValueError) as error:

@@ -98,7 +98,7 @@ def measure(data: DataConfig) -> dict[str, Any]:
 
     def open_iterator() -> Any:
         return pipeline.train_iterator(
-            source, data, _CHUNK, tokenizer, process_index=0, process_count=1
+            source, data, _CHUNK, tokenizer, shard=0, shards=1
         )
 
     start = time.perf_counter()

@@ -1,223 +1,81 @@
-"""What `tpu_cycles` counts: the bundles of instructions of the TPU kernels of the selective scan.
+"""Bundles of instructions of TPU kernels, out of what libtpu writes while it compiles for a chip
+that is not here.
 
-A TensorCore issues one bundle per cycle, so the bundles that run for one time step of 512 channels
-are a count of cycles that can be repeated; waiting for memory is not in it. Counted is everything
-that runs for a chunk of one tile of channels: every loop by its trips, and all that stands outside
-loops, conditional code included, once. Loops that run once per chunk, for all tiles of channels,
-count by their share.
+A TensorCore issues one bundle per cycle, so the bundles that run are a count of cycles that can be
+repeated; waiting for memory is not in it. What is counted of which kernel: `tpu_scan_bundles`,
+`tpu_attention_bundles`.
 """
 
-import dataclasses
+import contextlib
+import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from bmojo_jax import topologies
-from pallas_kernels.selective_scan import pallas_tpu
-from pallas_kernels.selective_scan import pallas_tpu_kernels as kernels
-from pallas_kernels.selective_scan.operands import Operands, ScanOutput
-from pallas_kernels.shapes import ScanShape
-
-TOPOLOGIES: Mapping[str, str] = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-Program = Literal["forward", "forward_saving", "backward"]
-PROGRAMS: tuple[Program, ...] = ("forward", "forward_saving", "backward")
-VARIANTS = ("plain", "full")
-
-
-class Goal(NamedTuple):
-    """Bundles per time step of 512 channels, N = 16, bfloat16."""
-
-    must: float
-    aim: float
-
-
-GOALS: Mapping[Program, Goal] = {
-    "forward": Goal(30, 24),
-    "forward_saving": Goal(30, 24),
-    "backward": Goal(110, 80),
-}
-# Resets may cost this much more.
-FULL_GOAL = 1.10
-
-
-class Loop(NamedTuple):
-    """A loop of a kernel, in program order: steps of time in one trip, and how often it runs."""
-
-    name: str
-    steps: int
-    runs: Literal["tile", "chunk", "row"]
-
-
-_SPREAD = Loop("spread", kernels.PACK, "chunk")
-_FINISH = Loop("finish", kernels.PARALLEL_STEPS, "tile")
-_FORWARD = (
-    _SPREAD,
-    Loop("prepare", kernels.PARALLEL_STEPS, "tile"),
-    Loop("scan", kernels.TOGETHER * kernels.FORWARD_STEPS, "tile"),
-    _FINISH,
-)
-LOOPS: Mapping[Program, tuple[Loop, ...]] = {
-    "forward": _FORWARD,
-    "forward_saving": _FORWARD,
-    "backward": (
-        _SPREAD,
-        Loop("clear", 1, "row"),
-        Loop("prepare", kernels.PACK, "tile"),
-        Loop("recompute", kernels.TOGETHER * kernels.FORWARD_STEPS, "tile"),
-        Loop("adjoint", kernels.TOGETHER * kernels.BACKWARD_STEPS, "tile"),
-        _FINISH,
-        Loop("sum_channels", kernels.SUBLANES, "chunk"),
-    ),
+TOPOLOGIES: Mapping[str, str] = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
 }
 
 
-class Count(NamedTuple):
-    """All in bundles per time step of 512 channels, but vmem_mib."""
+class Bundle(NamedTuple):
+    """How many loops are around it, as far as the dump says (not of empty bundles); whether a
+    loop's body starts with it; the numbers of the regions that start with it; the region to which
+    it may branch."""
 
-    total: float
-    loops: dict[str, float]
-    outside: float
-    vmem_mib: float
-
-
-def _bundles(text: str) -> Iterator[tuple[int, bool]]:
-    """Of each bundle how many loops are around it, and whether a loop's body starts with it."""
-    for line in text.splitlines():
-        match = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(L[HBE]|P[BF]|CT)?\s*:\s*(>*)\s*\{", line)
-        if match:
-            yield len(match.group(2)), match.group(1) == "LB"
+    depth: int
+    starts: bool
+    regions: tuple[int, ...]
+    target: int | None
 
 
-def count(text: str, program: Program, *, C: int, Z: int, K: int, vmem_mib: float) -> Count:
-    """Counts a `final_bundles.txt` of chunks of C steps, Z of them, and K tiles of channels.
-
-    Depth 1 is the loop over the grid; what is around it runs once per call and is left out.
-    """
-    outside, inner = 0, []
-    for depth, starts in _bundles(text):
-        if depth == 1:
-            outside += 1
-        elif depth == 2:
-            inner += [0] if starts else []
-            inner[-1] += 1
-        elif depth > 2:
-            raise ValueError(f"{program}: a loop of {depth=}, which the count does not know")
-    loops = LOOPS[program]
-    if len(inner) != len(loops):
-        names = [loop.name for loop in loops]
-        raise ValueError(f"{program}: {len(inner)} loops where there should be {names}")
-    units = kernels.TILE / 512
-    share = {"tile": 1, "chunk": 1 / K, "row": 1 / (K * Z)}
-    per_loop = {
-        loop.name: bundles / loop.steps * share[loop.runs] / units
-        for loop, bundles in zip(loops, inner, strict=True)
-    }
-    rest = outside / C / units
-    return Count(sum(per_loop.values()) + rest, per_loop, rest, vmem_mib)
+@contextlib.contextmanager
+def dumping() -> Iterator[pathlib.Path]:
+    """The folder where libtpu, not yet loaded, will write the bundles of all that it compiles."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+            " --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        )
+        yield pathlib.Path(folder)
 
 
-def _vmem_mib(jaxpr: Any) -> float:
-    """The most that a kernel in it is allowed to take; compilation fails if it takes more."""
-    limits = [
-        eqn.params["compiler_params"].vmem_limit_bytes
-        for eqn in jaxpr.eqns
-        if eqn.primitive.name == "pallas_call"
+def of_kernel(traced: Any, name: str, dump: pathlib.Path) -> str:
+    """Compiles a program, and returns the dump of the one kernel in it whose name starts so."""
+    known = set(dump.iterdir())
+    traced.lower(lowering_platforms=("tpu",)).compile()
+    new = [
+        path
+        for path in set(dump.iterdir()) - known
+        if re.search(rf"-{name}\w*\.\d+-\d+-final_bundles\.txt$", path.name)
     ]
-    return max(limits) / 2**20
+    if len(new) != 1:
+        raise ValueError(f"{name=}: {new} should be one file of bundles")
+    return new[0].read_text()
 
 
-def programs(
-    shape: ScanShape, variant: str, sharding: NamedSharding
-) -> dict[Program, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Each program and its abstract arguments."""
-    sizes = dataclasses.asdict(shape)
-
-    def array(letters: str, dtype: Any = jnp.bfloat16) -> Any:
-        dims = tuple(sizes[letter] for letter in letters)
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
-
-    operands = Operands(
-        x_BLE=array("BLE"),
-        dt_BLE=array("BLE"),
-        a_EN=array("EN", jnp.float32),
-        b_BLN=array("BLN"),
-        c_BLN=array("BLN"),
-        d_E=array("E", jnp.float32),
-        z_BLE=array("BLE"),
-        dt_bias_E=array("E", jnp.float32),
-        reset_BL=array("BL", jnp.bool_) if variant == "full" else None,
-        h0_BEN=array("BEN", jnp.float32),
+def parse(text: str) -> list[Bundle]:
+    """Of a `final_bundles.txt`."""
+    heads = re.compile(
+        r"^\s*(?:0x[0-9a-f]+|0)\s+(?P<label>L[HBE]|P[BF]|CT)?\s*:\s*(?P<depth>>*)\s*\{", re.M
     )
-    d_out = ScanOutput(array("BLE"), array("BEN", jnp.float32))
-
-    def forward(operands: Operands) -> Any:
-        return pallas_tpu.forward(operands, {}, for_backward=False)[0]
-
-    def forward_saving(operands: Operands) -> Any:
-        out, residuals = pallas_tpu.forward(operands, {}, for_backward=True)
-        return out, residuals[1]
-
-    def backward(operands: Operands, first: Any, d_out: ScanOutput) -> Any:
-        return pallas_tpu.backward((operands, first), d_out, {})
-
-    saved = jax.eval_shape(forward_saving, operands)[1]
-    first = jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=sharding)
-    return {
-        "forward": (forward, (operands,)),
-        "forward_saving": (forward_saving, (operands,)),
-        "backward": (backward, (operands, first, d_out)),
-    }
-
-
-def measure(chip: str, shape: ScanShape, dump: pathlib.Path) -> dict[str, dict[str, Count]]:
-    """Compiles everything for one chip: {variant: {program: count}}."""
-    devices = topologies.devices(TOPOLOGIES[chip])[:1]
-    mesh = Mesh(np.array(devices), ("one",))
-    counts: dict[str, dict[str, Count]] = {}
-    for variant in VARIANTS:
-        counts[variant] = {}
-        with topologies.compiling_for(devices):
-            todo = programs(shape, variant, NamedSharding(mesh, PartitionSpec()))
-        for name, (function, arguments) in todo.items():
-            known = set(dump.iterdir())
-            with topologies.compiling_for(devices):
-                traced = jax.jit(function).trace(*arguments)
-            traced.lower(lowering_platforms=("tpu",)).compile()
-            new = [
-                path
-                for path in set(dump.iterdir()) - known
-                if re.search(r"-selective_scan\w*\.\d+-\d+-final_bundles\.txt$", path.name)
-            ]
-            if len(new) != 1:
-                raise ValueError(f"{chip} {name}: {new} should be one file of bundles")
-            C = pallas_tpu.default_chunk(shape.N)
-            counts[variant][name] = count(
-                new[0].read_text(),
-                name,
-                C=C,
-                Z=-(-shape.L // C),
-                K=-(-shape.E // kernels.TILE),
-                vmem_mib=_vmem_mib(traced.jaxpr),
+    found = list(heads.finditer(text))
+    ends = [head.start() for head in found[1:]] + [len(text)]
+    bundles = []
+    for head, end in zip(found, ends, strict=True):
+        body = text[head.end() : end]
+        regions = re.findall(r"(?:Start|Start/End empty) region (\d+)", body)
+        target = re.search(r"sbr\.rel .*?target = \$region(\d+)", body)
+        bundles.append(
+            Bundle(
+                depth=len(head["depth"]),
+                starts=head["label"] == "LB",
+                regions=tuple(map(int, regions)),
+                target=None if target is None else int(target[1]),
             )
-    return counts
-
-
-def table(counts: Mapping[str, Mapping[str, Mapping[str, Count]]]) -> str:
-    lines = ["program         variant" + "".join(f"{chip:>8}" for chip in counts) + "   must / aim"]
-    for program in PROGRAMS:
-        for variant in VARIANTS:
-            totals = [chip[variant][program].total for chip in counts.values()]
-            goal = GOALS[program]
-            more = FULL_GOAL if variant == "full" else 1
-            lines.append(
-                f"{program:15} {variant:7}"
-                + "".join(f"{total:8.1f}" for total in totals)
-                + f"   {goal.must * more:.4g} / {goal.aim * more:.4g}"
-            )
-    return "\n".join(lines)
+        )
+    return bundles

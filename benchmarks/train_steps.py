@@ -55,8 +55,8 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         config.data,
         config.model.chunk,
         ByteTokenizer(),
-        process_index=0,
-        process_count=1,
+        shard=0,
+        shards=1,
     )
     losses, seconds = [], []
     with jax.set_mesh(mesh):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from bmojo_jax import memory, sharding
+from bmojo_jax import memory, operations
 from bmojo_jax.cache import (
     AttentionCache,
     EideticCache,
@@ -27,7 +27,6 @@ from bmojo_jax.cache import (
 )
 from bmojo_jax.config import ModelConfig
 from bmojo_jax.layers import Documents, Projection, RMSNorm, at_least_float32, rotary
-from bmojo_jax.memory import Selection
 
 # Keeps log(e / mean e) finite where a token was predicted without error.
 INNOVATION_FLOOR = 1e-6
@@ -147,7 +146,6 @@ class Attention(nnx.Module):
         documents: Documents,
         *,
         f_BLD: Float[Array, "B L D"] | None = None,
-        selection: Selection | None = None,
         e_BL: Float[Array, "B L"] | None = None,
         statistics: bool = False,
     ) -> tuple[Float[Array, "B L D"], dict[str, Array]]:
@@ -155,15 +153,18 @@ class Attention(nnx.Module):
 
         Args:
           f_BLD: the fading stream (needed when fading_window > 0).
-          selection, e_BL: the eidetic memory and the innovations (when eidetic_tokens > 0).
-          statistics: also return the share of attention mass on each stream.
+          e_BL: the innovations (needed when eidetic_tokens > 0).
+          statistics: also return the share of attention mass on each stream, and what is kept.
         """
         positions_BL = documents.positions_BL
         q_BLHK = self.rotate(self.queries(u_BLD), positions_BL)
         k_BLGK, v_BLGK = self.keys_values(u_BLD)
         streams: dict[str, Any] = {}
-        if selection is not None:
-            streams |= self._eidetic(k_BLGK, v_BLGK, selection, e_BL, positions_BL)
+        kept = None
+        if self.eidetic_tokens:
+            assert e_BL is not None
+            kept = self._remember(k_BLGK, v_BLGK, e_BL, documents)
+            streams |= self._eidetic(kept, positions_BL)
         if self.fading_window:
             assert f_BLD is not None
             fading_k_BLGK, fading_v_BLGK = self.fading_keys_values(f_BLD)
@@ -179,12 +180,12 @@ class Attention(nnx.Module):
             "implementation": self.config.attention_implementation,
         }
         qkv = (q_BLHK, self.rotate(k_BLGK, positions_BL), v_BLGK)
-        o_BLHK, lse_BLH = sharding.memory_attention(*qkv, **streams, **shared)
+        o_BLHK, lse_BLH = operations.memory_attention(*qkv, **streams, **shared)
         masses = {}
         if statistics:
             fading = {name: value for name, value in streams.items() if "fading" in name}
-            window_lse = sharding.memory_attention(*qkv, **shared).lse_BLH
-            recent_lse = sharding.memory_attention(*qkv, **fading, **shared).lse_BLH
+            window_lse = operations.memory_attention(*qkv, **shared).lse_BLH
+            recent_lse = operations.memory_attention(*qkv, **fading, **shared).lse_BLH
             in_context = jnp.mean(jnp.exp(window_lse - lse_BLH))
             recent = jnp.mean(jnp.exp(recent_lse - lse_BLH))
             masses = {
@@ -192,6 +193,8 @@ class Attention(nnx.Module):
                 "mass_fading": recent - in_context,
                 "mass_eidetic": 1 - recent,
             }
+            if kept is not None:
+                masses |= self._memory_statistics(kept)
         return self.output(o_BLHK), masses
 
     def extend(
@@ -323,39 +326,62 @@ class Attention(nnx.Module):
         visible = valid_BM[:, None, :] & same_document & sees_BL1
         return KeyStream(k_BMGK, eidetic.v_BMGK, visible, bias_BHM)
 
-    def _eidetic(self, k_BLGK, v_BLGK, selection, e_BL, positions_BL) -> dict[str, Any]:
+    def _remember(self, k_BLGK, v_BLGK, e_BL, documents: Documents) -> operations.Memory:
+        """The memory of every chunk: keys (normed, not rotated), values, innovations, positions."""
+        tokens = {
+            "k_BLGK": k_BLGK,
+            "v_BLGK": v_BLGK,
+            "e_BL": e_BL,
+            "positions_BL": documents.positions_BL,
+        }
+        return operations.remember(
+            e_BL,
+            documents.start_BL,
+            tokens,
+            window=self.config.window,
+            chunk=self.config.chunk,
+            size=self.eidetic_tokens,
+        )
+
+    def _eidetic(self, kept: operations.Memory, positions_BL: Array) -> dict[str, Any]:
         """The arguments of `memory_attention` that describe the eidetic stream."""
         config = self.config
-        index_BZM, valid_BZM = selection
-        batch, num_chunks, size = index_BZM.shape
-        flat = index_BZM.reshape(batch, num_chunks * size)
-        heads = (batch, num_chunks, size, *k_BLGK.shape[2:])
-
-        def gather(x_BLGK: Array) -> Array:
-            # In float32: the gradient sums over every chunk that keeps the token.
-            wide = x_BLGK.astype(at_least_float32(x_BLGK.dtype))
-            taken = jnp.take_along_axis(wide, flat[:, :, None, None], axis=1)
-            return taken.reshape(heads).astype(x_BLGK.dtype)
-
-        eidetic_k, eidetic_v = gather(k_BLGK), gather(v_BLGK)
+        eidetic_k = kept.tokens["k_BLGK"]
         if config.eidetic_positions == "slot":
             slots = memory.slot_positions(
-                positions_BL[:, :: config.chunk],
+                _first_of_chunks(positions_BL, config.chunk),
                 window=config.window,
                 fading_window=self.fading_window,
-                size=size,
+                size=self.eidetic_tokens,
             )
             eidetic_k = self.rotate(eidetic_k, slots)
         elif config.eidetic_positions == "original":
-            original = jnp.take_along_axis(positions_BL, flat, axis=1).reshape(index_BZM.shape)
-            eidetic_k = self.rotate(eidetic_k, original)
+            eidetic_k = self.rotate(eidetic_k, kept.tokens["positions_BL"])
         stream = {
             "eidetic_k_BZMGK": eidetic_k,
-            "eidetic_v_BZMGK": eidetic_v,
-            "eidetic_valid_BZM": valid_BZM,
+            "eidetic_v_BZMGK": kept.tokens["v_BLGK"],
+            "eidetic_valid_BZM": kept.valid_BZM,
             "chunk": config.chunk,
         }
         if config.eidetic_gate:
-            e_BZM = jnp.take_along_axis(e_BL, flat, axis=1).reshape(index_BZM.shape)
-            stream["eidetic_bias_BZHM"] = self.gate_bias(e_BZM, valid_BZM)
+            stream["eidetic_bias_BZHM"] = self.gate_bias(kept.tokens["e_BL"], kept.valid_BZM)
         return stream
+
+    def _memory_statistics(self, kept: operations.Memory) -> dict[str, Array]:
+        """Mean innovation of what is remembered, its age at the chunk's start, slots in use."""
+        count = jnp.maximum(jnp.sum(kept.valid_BZM), 1)
+        first_Z = jnp.arange(kept.index_BZM.shape[1]) * self.config.chunk
+        age_BZM = first_Z[None, :, None] - kept.index_BZM
+        e_BZM = kept.tokens["e_BL"]
+        statistics = {
+            "memory_innovation": jnp.sum(jnp.where(kept.valid_BZM, e_BZM, 0)) / count,
+            "memory_age": jnp.sum(jnp.where(kept.valid_BZM, age_BZM, 0)) / count,
+            "memory_filled": jnp.mean(kept.valid_BZM.astype(e_BZM.dtype)),
+        }
+        return jax.lax.stop_gradient(statistics)
+
+
+def _first_of_chunks(x_BL: Array, chunk: int) -> Array:
+    """[B, Z]. Not a slice with steps, for which devices that share a row would exchange it all."""
+    padded_BL = jnp.pad(x_BL, ((0, 0), (0, -x_BL.shape[1] % chunk)))
+    return padded_BL.reshape(x_BL.shape[0], -1, chunk)[:, :, 0]

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bmojo_jax import operations
 from bmojo_jax.attention import Attention
 from bmojo_jax.cache import BmojoCache, Piece, shift
 from bmojo_jax.config import ModelConfig
 from bmojo_jax.layers import Documents, RMSNorm
-from bmojo_jax.memory import Selection, innovation, select
+from bmojo_jax.memory import innovation
 from bmojo_jax.ssm import Mamba
 
 
@@ -54,22 +55,15 @@ class Bmojo(nnx.Module):
         """The whole pass, and per-layer statistics when asked for."""
         ssm_BLD = self.ssm(u_BLD, documents)
         f_BLD = self._fading(ssm_BLD)
-        e_BL = selection = None
+        e_BL = None
         if self.eidetic_tokens:
-            e_BL = innovation(self._signal(u_BLD, f_BLD), documents.positions_BL)
-            selection = select(
-                e_BL,
-                documents.start_BL,
-                window=self.config.window,
-                chunk=self.config.chunk,
-                size=self.eidetic_tokens,
-            )
-        out_BLD, masses = self.attention(
-            u_BLD, documents, f_BLD=f_BLD, selection=selection, e_BL=e_BL, statistics=statistics
+            e_BL = operations.innovation(self._signal(u_BLD, f_BLD), documents.positions_BL)
+        out_BLD, measured = self.attention(
+            u_BLD, documents, f_BLD=f_BLD, e_BL=e_BL, statistics=statistics
         )
-        if statistics and e_BL is not None and selection is not None:
-            masses |= self._memory_statistics(e_BL, selection)
-        return self._residual(out_BLD, ssm_BLD), masses
+        if statistics and e_BL is not None:
+            measured["innovation"] = jax.lax.stop_gradient(jnp.mean(e_BL))
+        return self._residual(out_BLD, ssm_BLD), measured
 
     def extend(
         self, u_BLD: Float[Array, "B L D"], cache: BmojoCache, piece: Piece
@@ -96,19 +90,3 @@ class Bmojo(nnx.Module):
 
     def _residual(self, out_BLD, ssm_BLD):
         return out_BLD + ssm_BLD if self.config.ssm_residual else out_BLD
-
-    def _memory_statistics(self, e_BL: Array, selection: Selection) -> dict[str, Array]:
-        """Mean innovation of all tokens and of those remembered; their age at the chunk's start."""
-        index_BZM, valid_BZM = selection
-        first_Z = jnp.arange(index_BZM.shape[1]) * self.config.chunk
-        count = jnp.maximum(jnp.sum(valid_BZM), 1)
-        age_BZM = first_Z[None, :, None] - index_BZM
-        flat = index_BZM.reshape(index_BZM.shape[0], -1)
-        kept_BZM = jnp.take_along_axis(e_BL, flat, axis=1).reshape(index_BZM.shape)
-        statistics = {
-            "innovation": jnp.mean(e_BL),
-            "memory_innovation": jnp.sum(jnp.where(valid_BZM, kept_BZM, 0)) / count,
-            "memory_age": jnp.sum(jnp.where(valid_BZM, age_BZM, 0)) / count,
-            "memory_filled": jnp.mean(valid_BZM.astype(e_BL.dtype)),
-        }
-        return jax.lax.stop_gradient(statistics)

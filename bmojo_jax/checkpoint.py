@@ -3,7 +3,7 @@
 A checkpoint of step n is a folder `n` with the items
 
     state      any tree of arrays (parameters below its entry `params`, optimizer, step, random key)
-    data       for every process, where its data iterator stands (JSON)
+    data       for every shard of the data, where its iterator stands (JSON)
     config     the settings of the run (JSON, readable without arrays)
     tokenizer  all of the tokenizer (JSON), so that nobody needs its file again
     metrics    the validation loss, if there was an evaluation at this step (JSON)
@@ -94,7 +94,8 @@ class Checkpoints:
     ) -> bool:
         """Starts saving and returns once the state may be changed or donated.
 
-        Every process calls it, each with its own `data_state`. A save that fails, e.g. for a full
+        Every process calls it, each with the `shards` of its own in `data_state`, by their number.
+        A save that fails, e.g. for a full
         disk, is reported and does not raise, since the next one may succeed; see `check_saved`.
 
         Returns:
@@ -135,7 +136,7 @@ class Checkpoints:
         return True
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, DataState]:
-        """The state and this process's place in the data, of `step` or the latest whole one.
+        """The state and the place in the data, of `step` or the latest whole one.
 
         Args:
           abstract_state: the state as jax.ShapeDtypeStructs with shardings.
@@ -143,8 +144,7 @@ class Checkpoints:
         Raises:
           FileNotFoundError: there is no such checkpoint.
           DamagedError: it is damaged, or all are.
-          ValueError: the checkpoint holds other arrays, or was saved by another number of
-            processes.
+          ValueError: the checkpoint holds other arrays.
         """
 
         def read(step: int) -> tuple[Any, DataState]:
@@ -189,15 +189,12 @@ class Checkpoints:
             self._inventory.report(step, problem)
 
     def place(self, step: int | None = None) -> DataState:
-        """Where this process stood in the data; ValueError if there were more or fewer."""
-        step = self.check_step(step)
-        saved = self._read_json(step, "data")["processes"]
-        if len(saved) != jax.process_count():
-            raise ValueError(
-                f"{self.directory}, {step=}: saved by {len(saved)} processes, whose places in "
-                f"the data cannot be shared out among {jax.process_count()}"
-            )
-        return json.loads(saved[jax.process_index()])
+        """What `save` was given as `data_state`, with the `shards` of all processes."""
+        places = map(json.loads, self._read_json(self.check_step(step), "data")["processes"])
+        place, *others = places
+        for other in others:
+            place["shards"] |= other["shards"]
+        return place
 
     def config(self, step: int | None = None) -> dict[str, Any]:
         """The config that was saved with `step` or the latest checkpoint."""

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import Mesh
 
 from bmojo_jax.config import DataConfig, TrainConfig
 from bmojo_jax.data import tokenizers
@@ -59,16 +58,6 @@ def check_precision(config: TrainConfig) -> None:
             f"model.compute_dtype={wanted!r}: must be 'float32' or 'bfloat16' unless JAX has "
             "64-bit types (JAX_ENABLE_X64=1)"
         )
-
-
-def check_processes(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises ValueError if processes would need the same rows, as each reads rows of its own."""
-    for devices in mesh.devices.reshape(-1, mesh.shape["tensor"]):
-        if len({device.process_index for device in devices}) > 1:
-            raise ValueError(
-                f"mesh.tensor={config.mesh.tensor}: must be a divisor of the number of devices of "
-                f"a process, {jax.local_device_count()}"
-            )
 
 
 def check_comparison(config: TrainConfig) -> None:

@@ -240,7 +240,10 @@ class DataConfig(SourceConfig):
     # they are held in memory. 1: rows keep the order of their documents.
     shuffle_window: int = 1024
     seed: int = 0
-    workers: int = 0  # reader processes; 0 reads in threads of this process
+    workers: int = 0  # reader processes of a shard; 0 reads in threads of this process
+    # In how many parts the documents are read, each for some of the rows of a batch. A run can go
+    # on on as many readers (processes with rows of their own) as divide it; 0: as it starts on.
+    shards: int = 0
 
     def __post_init__(self) -> None:
         self.check("data.")
@@ -255,7 +258,7 @@ class DataConfig(SourceConfig):
         )
         # A part holds a character, of up to 4 bytes.
         check_at_least("data.", self, 4, ("longest_document",))
-        check_at_least("data.", self, 0, ("workers",))
+        check_at_least("data.", self, 0, ("workers", "shards"))
         require(0 <= self.seed < 2**32, "data.seed", self.seed, "in [0, 2**32)")
         require(
             0 < self.validation_fraction < 1,
@@ -318,6 +321,7 @@ class MeshConfig:
 
     data: int = -1  # batch, parameters replicated
     fsdp: int = 1  # batch, parameters cut
+    context: int = 1  # tokens of a row, parameters cut
     tensor: int = 1  # heads, SSM channels, MLP hidden units, vocabulary
 
     def __post_init__(self) -> None:

@@ -109,7 +109,8 @@ def one_document(batch: int, length: int) -> Documents:
 
 def packed_documents(positions_BL: Int[Array, "B L"]) -> Documents:
     """Rows that hold several documents, each starting where the position is 0."""
-    segment_ids_BL = jnp.cumsum(positions_BL == 0, axis=1, dtype=jnp.int32)
+    # Where a document starts tells it from the others, and needs no sum over the row.
+    segment_ids_BL = jnp.arange(positions_BL.shape[1])[None, :] - positions_BL
     return Documents(positions_BL=positions_BL, segment_ids_BL=segment_ids_BL)
 
 
@@ -165,7 +166,11 @@ class CausalConv(nnx.Module):
         self.bias = nnx.Param(draw(rngs.params(), (width,), jnp.float32, -bound, bound))
 
     def __call__(self, x_BLE: Array, positions_BL: Array, tail_BSE: Array | None = None) -> Array:
-        return causal_conv(x_BLE, self.kernel[...], self.bias[...], positions_BL, tail_BSE)
+        return causal_conv(x_BLE, *self.weights(), positions_BL, tail_BSE)
+
+    def weights(self) -> tuple[Array, Array]:
+        """kernel_TE, bias_E."""
+        return self.kernel[...], self.bias[...]
 
 
 class SwiGLU(nnx.Module):

@@ -56,7 +56,7 @@ def _split(w_VD: Array, J: int) -> Array:
     """[V, D] -> [words of a chunk, J, D], the last rows zero where J does not divide V."""
     V, D = w_VD.shape
     w_VD = jnp.pad(w_VD, ((0, -V % J), (0, 0)))
-    return sharding.constrain(w_VD.reshape(-1, J, D), "tensor", None, "fsdp")
+    return sharding.constrain(w_VD.reshape(-1, J, D), "tensor", None, sharding.FULLY)
 
 
 def _chunk(words_VJD: Array, j: Array, dtype: jnp.dtype) -> Array:
@@ -71,7 +71,7 @@ def _logits(x_BLD: Array, w_VD: Array, j: Array, *, V: int, J: int) -> Array:
     if V % J:
         real_V = jnp.arange(w_VD.shape[0], dtype=jnp.int32) * J + j < V
         logits_BLV = jnp.where(real_V[None, None, :], logits_BLV, -jnp.inf)
-    return sharding.constrain(logits_BLV, sharding.BATCH, None, "tensor")
+    return sharding.constrain(logits_BLV, sharding.BATCH, sharding.CONTEXT, "tensor")
 
 
 def _is_target(targets_BL: Array, j: Array, *, J: int, words: int) -> Array:
@@ -128,7 +128,7 @@ def _scores_backward(
         dlogits_BLV = dlogits_BLV.astype(x_BLD.dtype)
         dx_BLD += jnp.einsum("BLV,VD->BLD", dlogits_BLV, w_VD, preferred_element_type=dx_BLD.dtype)
         dw_VD = jnp.einsum("BLV,BLD->VD", dlogits_BLV, x_BLD, preferred_element_type=dx_BLD.dtype)
-        dw_VD = sharding.constrain(dw_VD.astype(words_VJD.dtype), "tensor", "fsdp")
+        dw_VD = sharding.constrain(dw_VD.astype(words_VJD.dtype), "tensor", sharding.FULLY)
         return (dx_BLD, lax.dynamic_update_index_in_dim(dwords_VJD, dw_VD, j, axis=1)), None
 
     start = (jnp.zeros(x_BLD.shape, lse_BL.dtype), jnp.zeros_like(words_VJD))

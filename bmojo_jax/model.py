@@ -31,7 +31,7 @@ from bmojo_jax.layers import (
     one_document,
     packed_documents,
 )
-from bmojo_jax.sharding import constrain
+from bmojo_jax.sharding import BATCH, CONTEXT, constrain
 from bmojo_jax.ssm import Mamba
 
 Params = dict[str, Any]
@@ -91,7 +91,7 @@ class Block(nnx.Module):
         return self._mlp(x_BLD + out_BLD), cache
 
     def _mlp(self, x_BLD):
-        x_BLD = constrain(x_BLD, ("data", "fsdp"), None, None)
+        x_BLD = constrain(x_BLD, BATCH, CONTEXT, None)
         return x_BLD + self.mlp(self.mlp_norm(x_BLD)) if self.spec.mlp else x_BLD
 
 
@@ -211,7 +211,7 @@ class LanguageModel(nnx.Module):
     def _embed(self, tokens_BL):
         # Gathered before it is rounded: the gradient sums the uses of a token, in float32.
         x_BLD = self.embedding.table[...][tokens_BL].astype(self.config.compute_dtype)
-        return constrain(x_BLD, ("data", "fsdp"), None, None)
+        return constrain(x_BLD, BATCH, CONTEXT, None)
 
 
 def _remat(body, remat: str):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bmojo_jax import sharding
+from bmojo_jax import operations
 from bmojo_jax.cache import Piece, SsmCache, shift
 from bmojo_jax.config import ModelConfig
 from bmojo_jax.layers import CausalConv, Documents, Projection, RMSNorm
@@ -61,7 +61,8 @@ class Mamba(nnx.Module):
     def __call__(self, u_BLD: Float[Array, "B L D"], documents: Documents) -> Array:
         """The whole pass: rows start with an empty state."""
         x_BLE, z_BLE = self._inputs(u_BLD)
-        x_BLE = jax.nn.silu(self.conv(x_BLE, documents.positions_BL))
+        x_BLE = operations.causal_conv(x_BLE, *self.conv.weights(), documents.positions_BL)
+        x_BLE = jax.nn.silu(x_BLE)
         dt_BLE, b_BLN, c_BLN = self._selection(x_BLE)
         y_BLE, _ = self._scan(x_BLE, dt_BLE, b_BLN, c_BLN, z_BLE, documents.reset_BL, None)
         return self._output(y_BLE)
@@ -93,7 +94,7 @@ class Mamba(nnx.Module):
         return dt_BLE, low[..., rank : rank + state], low[..., rank + state :]
 
     def _scan(self, x_BLE, dt_BLE, b_BLN, c_BLN, z_BLE, reset_BL, h0_BEN):
-        return sharding.selective_scan(
+        return operations.selective_scan(
             x_BLE,
             dt_BLE,
             -jnp.exp(self.a_log[...]),

@@ -241,7 +241,7 @@ class _Parts:
     mesh: Mesh
     tokenizer: Tokenizer
     program: Program
-    batches: Any  # pipeline.train_iterator
+    batches: pipeline.Batches
     documents: str  # fingerprint of those that are trained on
     checkpoints: Checkpoints
 
@@ -250,7 +250,7 @@ def _set_up(config: TrainConfig, workdir: pathlib.Path, stack: contextlib.ExitSt
     """Raises ValueError before anything is compiled or written; `stack` closes the parts."""
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
-    checks.check_processes(config, mesh)
+    readers = sharding.readers(mesh)
     checks.check_precision(config)
     checks.check_comparison(config)
     checkpoints = stack.enter_context(
@@ -266,16 +266,19 @@ def _set_up(config: TrainConfig, workdir: pathlib.Path, stack: contextlib.ExitSt
     checks.check_implementations(config, program)
     source = sources.open_source(config.data, "train")
     documents = pipeline.fingerprint(source, config.data)
+    shards = config.data.shards or readers.count
     if latest is not None:
-        before = checkpoints.place(latest)["documents"]
-        checks.check_documents(checkpoints.config(latest), before, documents, config)
-    batches = pipeline.train_iterator(
+        place = checkpoints.place(latest)
+        checks.check_documents(checkpoints.config(latest), place["documents"], documents, config)
+        shards = len(place["shards"])
+    batches = pipeline.Batches(
         source,
         config.data,
         config.model.chunk,
         tokenizer,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        shards=shards,
+        reader=readers.index,
+        readers=readers.count,
     )
     stack.callback(batches.close)
     return _Parts(mesh, tokenizer, program, batches, documents, checkpoints)
@@ -285,7 +288,7 @@ def _restore(parts: _Parts, config: TrainConfig) -> TrainState:
     """The state of the latest checkpoint that is whole; the batches go on from its place."""
     state, place = parts.checkpoints.restore(parts.program.abstract_state)
     if place["documents"] == parts.documents:
-        parts.batches.set_state(place["iterator"])
+        parts.batches.set_state(place["shards"])
     else:  # a place in another list, and in a document, means nothing
         logging.warning(
             "data.path=%r: files came or went since step %d: their order from here on is another "
@@ -353,6 +356,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
         stack.callback(reporter.close)
         validate = validation.make_validator(config, mesh, parts.tokenizer)
         left_out = _left_out(batches)
+        # Entered last, so that it is left before anything is closed.
+        advice = f"The same command on all of them continues from the last checkpoint in {workdir}."
+        stack.enter_context(processes.end_with_the_others(advice))
 
         step, validated = start, None
         for step in range(start + 1, config.steps + 1):
@@ -383,7 +389,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
                         checkpoints.save(
                             step,
                             state,
-                            {"iterator": batches.get_state(), "documents": parts.documents},
+                            {"shards": batches.get_state(), "documents": parts.documents},
                             to_dict(config),
                             tokenizer=parts.tokenizer,
                             validation_loss=validation_loss,
@@ -396,11 +402,13 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Outcome:
     return Outcome(step, state.params, parts.tokenizer, validated, interrupted=step < config.steps)
 
 
-def _left_out(batches: Any) -> dict[str, int]:
+def _left_out(batches: pipeline.Batches) -> dict[str, int]:
     """How many documents all processes have left out so far, by reason."""
-    counts: collections.Counter[str] = collections.Counter()
-    for text in processes.gather(json.dumps(pipeline.left_out(batches.get_state()))):
-        counts.update(json.loads(text))
+    own = {shard: pipeline.left_out(state) for shard, state in batches.get_state().items()}
+    of_shards: dict[str, dict[str, int]] = {}  # of which several processes may have the same
+    for text in processes.gather(json.dumps(own)):
+        of_shards |= json.loads(text)
+    counts = sum(map(collections.Counter, of_shards.values()), collections.Counter())
     return dict(sorted(counts.items()))
 
 

@@ -5,9 +5,12 @@ import json
 import pathlib
 from typing import Any
 
+import grain
 import numpy as np
 
 from bmojo_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from bmojo_jax.data import pipeline, sources
+from bmojo_jax.data.tokenizers import ByteTokenizer
 
 TINY = ModelConfig(
     vocab_size=257,
@@ -54,6 +57,12 @@ def tiny_run(folder: pathlib.Path, **changes: Any) -> TrainConfig:
         checkpoint_every=3,
     )
     return changed(config, **changes)
+
+
+def first_batches(data: DataConfig, chunk: int) -> grain.DatasetIterator:
+    """The batches of a run of one process, from its beginning."""
+    source = sources.open_source(data, "train")
+    return pipeline.train_iterator(source, data, chunk, ByteTokenizer(), shard=0, shards=1)
 
 
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:

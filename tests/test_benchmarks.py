@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import scan_accuracy, scan_programs, scan_tuning, timing
+from benchmarks import parts, scan_accuracy, scan_programs, scan_tuning, timing
 from pallas_kernels import blocks
 from pallas_kernels.selective_scan import api, xla
 from pallas_kernels.shapes import SCAN_CASES
@@ -116,6 +116,92 @@ def test_mixer_in_parts(tmp_path: pathlib.Path) -> None:
         assert floors.pop("mixer") == pytest.approx(whole - floors["innovation"])
         assert whole == pytest.approx(sum(floors.values()))
         assert all(row["ms"] > 0 for row in rows.values())
+
+
+SMALL_LAYER = ["--size=tiny", "--head_width=64", "--lengths=300", "--samples=2", "--product=64"]
+
+
+@pytest.mark.slow
+def test_attention_in_parts(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "attention.json"
+    options = [f"--output={output}", "--key_heads=1", *SMALL_LAYER]
+    result = run("-m", "benchmarks.attention_mixer", *options)
+    assert result.returncode == 0, result.stderr
+    (case,) = json.loads(output.read_text())["cases"]
+    rows = {(row["part"], row["kind"]): row for row in case["rows"]}
+    assert len(rows) == 2 * 11 - 2
+    for kind in ("forward", "forward_backward"):
+        floors = {part: row["floor_ms"] for (part, k), row in rows.items() if k == kind}
+        chosen = {part: rows[part, "forward"]["floor_ms"] for part in ("innovation", "selection")}
+        around = floors["norms + rotary"] + floors["gathers"] + sum(chosen.values())
+        assert floors["around"] == pytest.approx(around)
+        others = floors["projections"] + floors["attention"] + floors["output"]
+        assert floors["mixer"] == pytest.approx(around + others)
+        # Apart they move what is between them twice.
+        assert floors["norms"] + floors["rotary"] > floors["norms + rotary"]
+    assert all(row["ms"] > 0 for (part, _), row in rows.items() if part != "around")
+    assert all(row["errors"] for row in rows.values())
+
+
+@pytest.mark.slow
+def test_share_of_the_selection(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "selection.json"
+    options = [f"--output={output}", "--key_heads=1", "--memories=4,16", "--chunks=32"]
+    result = run("-m", "benchmarks.selection", *options, *SMALL_LAYER)
+    assert result.returncode == 0, result.stderr
+    content = json.loads(output.read_text())
+    assert len(content["shares"]) == 2 * 2
+    for row in content["shares"]:
+        spent = row["innovation"] + row["selection"] + row["gathers"]
+        assert row["share"] == pytest.approx(spent / row["mixer"])
+    chosen = [row for row in content["rows"] if row["part"] == "selection"]
+    assert len(chosen) == 2
+    assert all(row["errors"] == {"index_BZM": 0, "valid_BZM": 0} for row in chosen)
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "output", "gradient", "exact"])
+def test_parts_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """A product whose implementation differs from that in float32, or from what must come out."""
+    monkeypatch.setattr(timing, "ROTATED_BYTES", 0)
+
+    def make(implementation: str | None, seed: int) -> parts.Part:
+        keys = jax.random.split(jax.random.key(seed))
+        a, b = (jax.random.normal(key, (8, 8), jnp.bfloat16) for key in keys)
+
+        def product(a: jax.Array, b: jax.Array) -> dict[str, jax.Array]:
+            if implementation == "mine" and wrong == "output":
+                b = 1.1 * b
+            if implementation == "mine" and wrong == "gradient":
+                b = b + 0.1 * (b - jax.lax.stop_gradient(b))
+                a = a + 0.1 * (a - jax.lax.stop_gradient(a))
+            return {"y": a @ b}
+
+        def exact(a: jax.Array, b: jax.Array) -> dict[str, jax.Array]:
+            return {"y": product(a, b)["y"].at[0, 0].add(1)}
+
+        flops = parts.product_flops(8**3)
+        if wrong == "exact":
+            return parts.Part(product, a, b, flops, kinds=("forward",), exact=exact)
+        return parts.Part(product, a, b, flops)
+
+    speeds = parts.Speeds(copy=1e9, product=1e6)
+    rows = parts.measure(make, implementation="mine", samples=2, speeds=speeds)
+    by = {row["kind"]: row for row in rows}
+    # 2 x 512 operations, and as many for each operand's gradient.
+    assert by["forward"]["floor_ms"] == pytest.approx(1.024)
+    if wrong != "exact":
+        assert by["forward_backward"]["floor_ms"] == pytest.approx(3.072)
+    timed = {kind for kind, row in by.items() if "ms" in row}
+    assert (
+        timed
+        == {
+            "nothing": {"forward", "forward_backward"},
+            "output": set(),
+            "gradient": {"forward"},
+            "exact": set(),
+        }[wrong]
+    )
+    assert timed == {kind for kind, row in by.items() if "wrong" not in row}
 
 
 def test_exact_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_restore_onto_another_mesh(saved, tmp_path):
                 assert x.sharding == wanted.sharding, name
             kernel = restored["opt_state"][1].mu["groups"]["0"]["mlp"]["up_proj"]["kernel"]
             assert isinstance(kernel.sharding, NamedSharding)
-            assert kernel.sharding.spec == P(None, "fsdp", "tensor")
+            assert kernel.sharding.spec == P(None, ("fsdp", "context"), "tensor")
             shards = {"fsdp": 8, "data-fsdp": 4, "fsdp-tensor": 8, "all": 4}.get(name, 1)
             assert kernel.size == shards * kernel.addressable_shards[0].data.size
         single = jax.tree.map(

@@ -177,8 +177,8 @@ def test_memory_statistics_are_means_over_batches(run):
         data,
         config.model.chunk,
         trained.tokenizer,
-        process_index=0,
-        process_count=1,
+        shard=0,
+        shards=1,
         limit=0,
     ):
         measured = statistics(trained.params, batch)["0"]

@@ -20,6 +20,8 @@ LAYERS = [
     {"bmojo_jax.inventory"},
     {"bmojo_jax.sharding", "bmojo_jax.layers"},
     {"bmojo_jax.memory"},
+    {"bmojo_jax.context"},
+    {"bmojo_jax.operations"},
     {"bmojo_jax.cache"},
     {"bmojo_jax.ssm", "bmojo_jax.attention"},
     {"bmojo_jax.bmojo"},

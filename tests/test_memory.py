@@ -1,7 +1,10 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from bmojo_jax import memory
 from tests.models import packed_positions
@@ -85,6 +88,39 @@ def test_streaming_form_equals_parallel_form_exactly(
         np.testing.assert_array_equal(filled, want >= 0)
 
 
+@pytest.mark.parametrize(
+    ("merged", "chunk", "size"),
+    [(1, 1, 2), (1, 2, 3), (7, 1, 2), (12, 4, 5), (12, 3, 12), (40, 7, 1), (40, 2, 3)],
+)
+def test_choice_does_not_depend_on_how_lists_are_merged(rng, monkeypatch, merged, chunk, size):
+    """Two to seven merges; rows of one document and of several."""
+    length, window = 67, 3
+    positions_BL = packed_positions(length, (), (31, 33, 60))
+    start_BL = np.arange(length)[None] - positions_BL
+    e_BL = draw(rng, positions_BL.shape, ties=True)
+    monkeypatch.setattr(memory, "MERGED", merged)
+    select = functools.partial(memory.select, window=window, chunk=chunk, size=size)
+    got = jax.jit(select)(e_BL, start_BL)
+    for row in range(2):
+        want = by_definition(e_BL[row], start_BL[row], window, chunk, size)
+        chosen = np.where(got.valid_BZM[row], got.index_BZM[row], -1)
+        empty = [[-1] * (size - len(tokens)) for tokens in want]
+        np.testing.assert_array_equal(chosen, [a + b for a, b in zip(empty, want, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk", "size", "merges"),
+    [(2048, 256, 64, 1), (8192, 256, 64, 2), (131_072, 256, 64, 3), (131_072, 128, 256, 3)],
+)
+def test_selection_is_a_few_merges(length, chunk, size, merges):
+    """Launches of kernels, not their work, are what a short row's selection costs."""
+    e_BL = jax.ShapeDtypeStruct((1, length), jnp.float32)
+    start_BL = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    run = jax.jit(lambda e, s: memory.select(e, s, window=512, chunk=chunk, size=size))
+    text = run.lower(e_BL, start_BL).as_text()
+    assert text.count("top_k") == merges and text.count("stablehlo.sort") == 1
+
+
 def test_innovation_is_the_error_of_a_moving_average(rng):
     positions_BL = packed_positions(12, (5, 6))
     s_BLD = rng.normal(size=(1, 12, 3))
@@ -153,6 +189,84 @@ def test_no_gradient_flows_through_the_choice(rng):
         return jnp.sum(jnp.where(chosen.valid_BZM, chosen.index_BZM, 0).astype(jnp.float32))
 
     np.testing.assert_array_equal(jax.grad(kept)(e_BL), 0)
+
+
+@pytest.mark.parametrize("stay", [2, 8])
+@pytest.mark.parametrize("starts", STARTS[1:3])
+@pytest.mark.parametrize(("length", "window", "chunk", "size"), SHAPES)
+def test_gradients_of_what_is_recalled(rng, monkeypatch, length, window, chunk, size, starts, stay):
+    """Both ways of summing them up, against a plain gather; chunks beyond STAY and STAY^2."""
+    monkeypatch.setattr(memory, "STAY", stay)
+    rows = [tuple(s for s in row if s < length) for row in ((), (7, 19), (1, 2, 3, 20))]
+    positions_BL = packed_positions(length, *rows)
+    start_BL = np.arange(length)[None] - positions_BL
+    options = {"window": window, "chunk": chunk}
+    with jax.enable_x64(True):
+        e_BL = jnp.asarray(draw(rng, positions_BL.shape, ties=True))
+        chosen = memory.select(e_BL, jnp.asarray(start_BL), **options, size=size)
+        tokens = {"k_BLGK": jnp.asarray(rng.normal(size=(3, length, 3, 2)))}
+        d_kept = jnp.asarray(rng.normal(size=(*chosen.index_BZM.shape, 3, 2)))
+        d_kept = d_kept * chosen.valid_BZM[..., None, None]
+
+        def plain(x_BLGK):
+            kept = [x[index] for x, index in zip(x_BLGK, chosen.index_BZM, strict=True)]
+            return jnp.stack(kept)
+
+        def recalled(x_BLGK):
+            return memory.recall({"k_BLGK": x_BLGK}, chosen, **options)["k_BLGK"]
+
+        kept, pull = jax.vjp(recalled, tokens["k_BLGK"])
+        want, pull_plain = jax.vjp(plain, tokens["k_BLGK"])
+        valid = np.asarray(chosen.valid_BZM)
+        np.testing.assert_array_equal(np.asarray(kept)[valid], np.asarray(want)[valid])
+        (d_want,) = pull_plain(d_kept)
+        np.testing.assert_allclose(pull(d_kept)[0], d_want, atol=1e-12)
+        time_BZM = jnp.where(chosen.valid_BZM, chosen.index_BZM, -1)
+        sums = memory._sums_of_stays(time_BZM, d_kept, **options, length=length)
+        np.testing.assert_allclose(sums, d_want, atol=1e-12)
+
+
+def test_gradients_on_a_gpu_have_no_scatter():
+    """Whose order of additions would not be fixed, and which would be sorted to fix it."""
+    h100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu")
+    k_BLGK = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.bfloat16)
+    index_BZM = jax.ShapeDtypeStruct((1, 64, 4), jnp.int32)
+    valid_BZM = jax.ShapeDtypeStruct((1, 64, 4), jnp.bool_)
+
+    def loss(k_BLGK, *chosen):
+        kept = memory.recall({"k": k_BLGK}, memory.Selection(*chosen), window=9, chunk=32)
+        return jnp.square(kept["k"]).astype(jnp.float32).sum()
+
+    for platform, scatters in (("cuda", False), ("cpu", True)):
+        mesh = AbstractMesh((), (), abstract_device=h100 if platform == "cuda" else None)
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(jax.grad(loss)).trace(k_BLGK, index_BZM, valid_BZM)
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.scatter" in text) == scatters
+
+
+def test_recalled_integers_and_bfloat16(rng):
+    """Positions have no gradient; sums of bfloat16 gradients are rounded once."""
+    length, chunk = 1024, 2
+    e_BL = jnp.zeros((1, length)).at[0, 3].set(9)
+    start_BL = jnp.zeros((1, length), jnp.int32)
+    chosen = memory.select(e_BL, start_BL, window=2, chunk=chunk, size=1)
+    x_BLD = jnp.asarray(rng.normal(size=(1, length, 5)), jnp.bfloat16)
+    tokens = {"x_BLD": x_BLD, "positions_BL": jnp.arange(length)[None]}
+
+    def total(x_BLD):
+        kept = memory.recall(tokens | {"x_BLD": x_BLD}, chosen, window=2, chunk=chunk)
+        np.testing.assert_array_equal(kept["positions_BL"], chosen.index_BZM)
+        return kept["x_BLD"].astype(jnp.float32).sum()
+
+    times = int((np.asarray(chosen.index_BZM) == 3).sum())
+    assert times > 500
+    rounded = float(jnp.asarray(times, jnp.bfloat16))
+    np.testing.assert_array_equal(jax.grad(total)(x_BLD)[0, 3], rounded)
+    d_kept = jnp.ones((1, length // chunk, 1, 5), jnp.bfloat16)
+    time_BZM = jnp.where(chosen.valid_BZM, chosen.index_BZM, -1)
+    sums = memory._sums_of_stays(time_BZM, d_kept, window=2, chunk=chunk, length=length)
+    np.testing.assert_array_equal(sums[0, 3], rounded)
 
 
 def test_slot_positions_follow_the_window():

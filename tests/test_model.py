@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmojo_jax import cache, layers, memory, model
+from bmojo_jax import cache, layers, model
 from tests.models import FAMILIES, float64_params, packed_positions, small_config
 from tests.tolerances import relative_rms
 
@@ -316,25 +316,6 @@ def test_bfloat16_gradients_of_shared_rows_are_summed_in_float32(rng):
         return jax.grad(loss)(params)["embedding"]["table"][3]
 
     assert relative_rms(gradient("bfloat16"), gradient("float32")) < 0.05
-
-
-def test_bfloat16_gradients_of_remembered_tokens_are_summed_in_float32(rng):
-    """A token that hundreds of chunks keep: its key and value serve them all."""
-    length = 1024
-    config = small_config(window=2, chunk=2, eidetic_tokens=1, compute_dtype="bfloat16")
-    attention = bmojo_mixer(config, model.init_params(config, jax.random.key(0))).attention
-    positions_BL = layers.one_document(1, length).positions_BL
-    kv = jnp.asarray(rng.normal(size=(1, length, 1, 8)), jnp.bfloat16)
-    chosen = memory.Selection(
-        index_BZM=jnp.zeros((1, length // 2, 1), jnp.int32),
-        valid_BZM=jnp.ones((1, length // 2, 1), bool),
-    )
-
-    def total(v_BLGK):
-        stream = attention._eidetic(kv, v_BLGK, chosen, None, positions_BL)
-        return stream["eidetic_v_BZMGK"].astype(jnp.float32).sum()
-
-    np.testing.assert_array_equal(jax.grad(total)(kv)[0, 0], length // 2)
 
 
 def test_a_piece_beyond_the_limit_is_refused(rng):

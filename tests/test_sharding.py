@@ -1,4 +1,6 @@
+import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import pallas_kernels
 from bmojo_jax import optim, paths, sharding
 from bmojo_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 
@@ -72,15 +73,21 @@ def _params():
     return _nested(shapes)
 
 
-def _mesh(data=2, fsdp=2, tensor=2):
-    return sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+def _mesh(data=2, fsdp=2, tensor=2, context=1):
+    sizes = MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    return sharding.make_mesh(sizes)
 
 
 def test_mesh_fills_the_free_axis():
-    assert dict(_mesh(data=-1, tensor=4, fsdp=1).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert dict(_mesh(data=-1, tensor=4, fsdp=1).shape) == {
+        "data": 2,
+        "fsdp": 1,
+        "context": 1,
+        "tensor": 4,
+    }
     devices = jax.devices()[:2]
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), devices)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "context": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("sizes", [(-1, 3, 1), (2, 2, 1), (16, 1, 1)])
@@ -89,30 +96,72 @@ def test_mesh_that_does_not_fit_the_devices(sizes):
         _mesh(*sizes)
 
 
+def _fake_mesh(data, fsdp, context, tensor, processes):
+    """Devices in their order, as many to each process."""
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    count = math.prod(sizes.values())
+    devices = [types.SimpleNamespace(process_index=i * processes // count) for i in range(count)]
+    return types.SimpleNamespace(
+        shape=sizes, devices=np.array(devices).reshape(tuple(sizes.values()))
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ((8, 1, 1, 1, 1), (0, 1)),
+        ((4, 2, 1, 1, 4), (2, 4)),
+        ((2, 1, 4, 1, 4), (1, 2)),  # two processes share a row
+        ((1, 2, 1, 4, 8), (0, 2)),  # four do
+        ((1, 1, 4, 2, 4), (0, 1)),
+    ],
+)
+def test_readers(sizes, wanted, monkeypatch, annotations_off):
+    monkeypatch.setattr(jax, "process_index", lambda: 2 if sizes[-1] > 1 else 0)
+    assert sharding.readers(_fake_mesh(*sizes)) == sharding.Readers(*wanted)
+
+
+def test_rows_that_cannot_be_read(annotations_off):
+    with pytest.raises(ValueError, match=r"mesh\.context=3.* mesh\.context \* mesh\.tensor must"):
+        sharding.readers(_fake_mesh(2, 1, 3, 1, 3))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 2, 4, 1), (1, 1, 8, 1)])
+def test_a_batch_is_placed_by_row_and_token(sizes):
+    data, fsdp, context, tensor = sizes
+    mesh = _mesh(data, fsdp, tensor, context)
+    batch = {"inputs": np.arange(8 * 16).reshape(8, 16)}
+    placed = sharding.place_batch(batch, mesh)["inputs"]
+    assert (np.asarray(placed) == batch["inputs"]).all()
+    assert placed.addressable_shards[0].data.shape == (8 // (data * fsdp), 16 // context)
+
+
 def test_placement_of_parameters():
     shardings = paths.flatten_paths(sharding.param_shardings(_mesh(), _params()))
+    cut = ("fsdp", "context")
     expected = {
         "embedding/table": P("tensor", "fsdp"),
         "norm/scale": P(None),
-        "head/kernel": P("fsdp", "tensor"),
+        "head/kernel": P(cut, "tensor"),
         "groups/0/norm/scale": P(None, None),
         "groups/0/mixer/norm/scale": P(None, "tensor"),
-        "groups/0/mixer/in_proj/kernel": P(None, "fsdp", None, "tensor"),
-        "groups/2/mixer/ssm/x_proj/kernel": P(None, ("tensor", "fsdp"), None),
+        "groups/0/mixer/in_proj/kernel": P(None, cut, None, "tensor"),
+        "groups/2/mixer/ssm/x_proj/kernel": P(None, ("tensor", *cut), None),
         "groups/2/mixer/ssm/norm/scale": P(None, "tensor"),
         "groups/2/mixer/fading_norm/scale": P(None, None),
-        "groups/1/mixer/q_proj/kernel": P(None, "fsdp", "tensor", None),
-        "groups/2/mixer/attention/o_proj/kernel": P(None, "tensor", None, "fsdp"),
-        "groups/1/mlp/down_proj/kernel": P(None, "tensor", "fsdp"),
+        "groups/1/mixer/q_proj/kernel": P(None, cut, "tensor", None),
+        "groups/2/mixer/attention/o_proj/kernel": P(None, "tensor", None, cut),
+        "groups/1/mlp/down_proj/kernel": P(None, "tensor", cut),
     }
     assert {path: shardings[path].spec for path in expected} == expected
 
 
-def test_every_matrix_is_cut_over_fsdp_and_tensor():
+def test_every_matrix_is_cut_over_all_axes_but_data():
     for path, placed in paths.flatten_paths(sharding.param_shardings(_mesh(), _params())).items():
         if re.fullmatch(r".*(proj/kernel|table)", path):
             axes = {name for entry in placed.spec if entry for name in np.ravel(entry)}
-            assert axes == {"fsdp", "tensor"}, path
+            whole = {"context"} if path == "embedding/table" else set()
+            assert axes == {"fsdp", "context", "tensor"} - whole, path
 
 
 def test_an_axis_that_does_not_divide_is_left_out():
@@ -162,11 +211,11 @@ def test_state_that_belongs_to_no_parameter():
         sharding.state_shardings(_mesh(), _params(), state)
 
 
-def _config(accumulate=1, batch_size=8, **model):
+def _config(accumulate=1, batch_size=8, sequence_length=1024, **model):
     return TrainConfig(
         model=ModelConfig(**({"width": 32, "pattern": "bmojo+mlp"} | model)),
         optim=OptimConfig(accumulate=accumulate),
-        data=DataConfig(batch_size=batch_size),
+        data=DataConfig(batch_size=batch_size, sequence_length=sequence_length),
     )
 
 
@@ -183,6 +232,12 @@ def _config(accumulate=1, batch_size=8, **model):
         ),
         ({"width": 36}, (1, 8, 1), r"model\.width=36 .*mesh\.fsdp=8"),
         ({"accumulate": 2}, (4, 2, 1), r"data\.batch_size .*=4 .*mesh\.data \* mesh\.fsdp=8"),
+        (
+            {"chunk": 160},
+            (1, 1, 1, 8),
+            r"data\.sequence_length=1024 .*mesh\.context \* model\.chunk",
+        ),
+        ({"pattern": "mamba", "sequence_length": 1020}, (1, 1, 1, 8), r"=1020 .*mesh\.context=8"),
     ],
 )
 def test_sizes_that_the_mesh_does_not_divide(config, mesh, message):
@@ -205,116 +260,3 @@ def test_constrain():
     with jax.set_mesh(_mesh()):
         placed = jax.jit(lambda x_BL: sharding.constrain(2 * x_BL, sharding.BATCH, "tensor"))(x_BL)
     assert placed.sharding.spec == P(sharding.BATCH)
-
-
-def _scan_inputs(B, L=7, E=4, N=3):
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    return {
-        "x_BLE": normal(B, L, E),
-        "dt_BLE": normal(B, L, E),
-        "a_EN": -jnp.exp(normal(E, N)),
-        "b_BLN": normal(B, L, N),
-        "c_BLN": normal(B, L, N),
-        "d_E": normal(E),
-        "z_BLE": normal(B, L, E),
-        "dt_bias_E": normal(E),
-        "h0_BEN": normal(B, E, N),
-    }, {"reset_BL": jnp.asarray(rng.uniform(size=(B, L)) < 0.2)}
-
-
-def _attention_inputs(B, L=10, H=4, G=2, K=4, M=2, C=4):
-    rng = np.random.default_rng(0)
-    Z = -(-L // C)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    return {
-        "q_BLHK": normal(B, L, H, K),
-        "k_BLGK": normal(B, L, G, K),
-        "v_BLGK": normal(B, L, G, K),
-        "fading_k_BLGK": normal(B, L, G, K),
-        "fading_v_BLGK": normal(B, L, G, K),
-        "eidetic_k_BZMGK": normal(B, Z, M, G, K),
-        "eidetic_v_BZMGK": normal(B, Z, M, G, K),
-        "eidetic_bias_BZHM": normal(B, Z, H, M),
-    }, {
-        "eidetic_valid_BZM": jnp.asarray(rng.uniform(size=(B, Z, M)) < 0.7),
-        "segment_ids_BL": jnp.asarray(np.sort(rng.integers(1, 3, (B, L)), axis=1), jnp.int32),
-        "window": 3,
-        "fading_window": 2,
-        "chunk": C,
-    }
-
-
-OPERATIONS = {
-    "selective_scan": (_scan_inputs, ("y_BLE", "h_BEN")),
-    "memory_attention": (_attention_inputs, ("o_BLHK", "lse_BLH")),
-}
-
-
-def _results(operation, inputs, options):
-    """Both outputs, and the gradient of every input from a loss that weighs them at random."""
-
-    def loss(inputs):
-        outputs = operation(**inputs, **options)
-        rng = np.random.default_rng(1)
-        total = sum((x * rng.normal(size=x.shape).astype(np.float32)).sum() for x in outputs)
-        return total, outputs
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs)
-
-
-def _assert_close(got, wanted):
-    for path, b in paths.flatten_paths(wanted).items():
-        a = paths.flatten_paths(got)[path]
-        error = np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))
-        assert error < 1e-5, (path, error)
-
-
-# Three rows are not cut over data and fsdp; tensor = 4 does not cut two key heads.
-@pytest.mark.parametrize(("mesh", "B"), [((2, 2, 2), 8), ((1, 2, 4), 8), ((2, 2, 2), 3)])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_on_a_mesh(name, mesh, B):
-    inputs, options = OPERATIONS[name][0](B)
-    wanted = _results(getattr(pallas_kernels, name), inputs, options)
-    with jax.set_mesh(_mesh(*mesh)):
-        got = _results(getattr(sharding, name), inputs, options)
-    _assert_close(got, wanted)
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_kernels_see_the_arrays_of_one_device(name, monkeypatch):
-    seen = {}
-    operation = getattr(pallas_kernels, name)
-
-    def spy(**arguments):
-        seen.update({key: x.shape for key, x in arguments.items() if hasattr(x, "shape")})
-        return operation(**arguments)
-
-    monkeypatch.setattr(pallas_kernels, name, spy)
-    inputs, options = OPERATIONS[name][0](8)
-    with jax.set_mesh(_mesh()):
-        outputs = jax.jit(lambda inputs: getattr(sharding, name)(**inputs, **options))(inputs)
-    cuts = {"B": 4, "E": 2, "H": 2, "G": 2}
-    arrays = inputs | {key: x for key, x in options.items() if hasattr(x, "shape")}
-    for key, array in arrays.items():
-        letters = key.rsplit("_", 1)[1]
-        wanted = tuple(
-            n // cuts.get(letter, 1) for letter, n in zip(letters, array.shape, strict=True)
-        )
-        assert seen[key] == wanted, key
-    for output, key in zip(outputs, OPERATIONS[name][1], strict=True):
-        assert output.sharding.spec[0] == sharding.BATCH, key
-
-
-def test_optional_inputs_may_be_missing():
-    inputs, _ = _scan_inputs(4)
-    inputs = {key: inputs[key] for key in ("x_BLE", "dt_BLE", "a_EN", "b_BLN", "c_BLN", "d_E")}
-    wanted = _results(pallas_kernels.selective_scan, inputs, {})
-    with jax.set_mesh(_mesh()):
-        _assert_close(_results(sharding.selective_scan, inputs, {}), wanted)

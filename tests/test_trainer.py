@@ -1,7 +1,5 @@
 import dataclasses
-import functools
 import json
-import math
 import os
 import re
 import shutil
@@ -11,29 +9,19 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from bmojo_jax import checks, closing, metrics, optim, paths, presets, processes, sharding, trainer
+from bmojo_jax import checks, closing, metrics, optim, sharding, trainer
 from bmojo_jax.checkpoint import Checkpoints
-from bmojo_jax.config import MeshConfig, TrainConfig
-from bmojo_jax.data import pipeline, sources
+from bmojo_jax.config import TrainConfig
+from bmojo_jax.data import sources
 from bmojo_jax.data.tokenizers import ByteTokenizer
 from bmojo_jax.settings import to_dict
-from tests.models import float64_params, packed_positions
-from tests.runs import TINY, records, tiny_run, write_documents
-from tests.tolerances import TOLERANCE, relative_rms
+from tests.runs import TINY, first_batches, records, tiny_run, write_documents
+from tests.steps import assert_same, on_mesh, packed_batch, take_step
 
 BYTES_V = jnp.asarray(ByteTokenizer().token_bytes_V())
-
-FAMILIES = {
-    "transformer": "attention+mlp",
-    "mamba": "mamba",
-    "hybrid": "mamba,swa",
-    "bmojo_f": "bmojo_f",
-    "bmojo": "bmojo",
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,188 +54,6 @@ def finished(folder, tmp_path_factory):
 
 def _resumed_config(folder) -> TrainConfig:
     return tiny_run(folder, optim={"accumulate": 2, "warmup_steps": 2}, data={"batch_size": 16})
-
-
-def _batch(rows=8, length=12, seed=0):
-    """Packed documents; rows have from none to all of their targets."""
-    rng = np.random.default_rng(seed)
-    starts = [tuple(np.sort(rng.choice(np.arange(1, length), i % 3, False))) for i in range(rows)]
-    weights_BL = (np.arange(length)[None] < rng.integers(0, length + 1, (rows, 1))).astype("f")
-    return {
-        "inputs": rng.integers(0, 257, (rows, length)).astype(np.int32),
-        "targets": rng.integers(0, 257, (rows, length)).astype(np.int32),
-        "weights": weights_BL,
-        "positions": packed_positions(length, *starts),
-    }
-
-
-def _assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-# The step.
-
-
-def test_accumulation_equals_one_big_batch(folder):
-    with jax.enable_x64(True):
-        model = dataclasses.replace(TINY, pattern="swa", compute_dtype="float64")
-        params = float64_params(model)
-        batch = jax.tree.map(jnp.asarray, _batch())
-        weight_B = np.asarray(batch["weights"]).sum(axis=1)
-        assert len(set(weight_B.reshape(2, 4).sum(axis=0))) > 1  # else a mean of means would do
-        results = {}
-        for pieces in (1, 4):
-            config = tiny_run(folder, model=model, optim={"accumulate": pieces}, z_loss=0.1)
-            # The new parameters are the old ones minus the gradient.
-            state = _state(params, optax.sgd(1.0))
-            step = jax.jit(
-                lambda s, b, c=config: trainer.train_step(c, optax.sgd(1.0), s, b, BYTES_V)
-            )
-            results[pieces] = step(state, batch)
-    (one, measured), (four, measured_4) = results[1], results[4]
-    for path, x in paths.flatten_paths(one.params).items():
-        assert x.dtype == np.float64
-        y = paths.flatten_paths(four.params)[path]
-        before = paths.flatten_paths(params)[path]
-        assert relative_rms(y - before, x - before) < TOLERANCE["float64"], path
-    for name in measured:
-        np.testing.assert_allclose(measured_4[name], measured[name], rtol=1e-6, err_msg=name)
-
-
-def _state(params, optimizer):
-    return trainer.TrainState(
-        step=jnp.int32(0),
-        skipped=jnp.int32(0),
-        params=params,
-        opt_state=optimizer.init(params),
-        key=jax.random.key_data(jax.random.key(0)),
-    )
-
-
-def _program(config, **mesh):
-    devices = None if mesh else jax.devices()[:1]
-    return trainer.make_program(
-        config, sharding.make_mesh(MeshConfig(**mesh), devices), ByteTokenizer()
-    )
-
-
-def _step(program, state, batch):
-    with jax.set_mesh(program.mesh):
-        state = jax.device_put(state, program.state_shardings)
-        return program.step(state, sharding.place_batch(batch, program.mesh))
-
-
-# A large eps makes an update proportional to the gradient, so that it is no less exact.
-_SMOOTH = {"learning_rate": 1.0, "warmup_steps": 0, "eps": 1.0}
-_MESHES = ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
-
-
-@functools.cache
-def _on_one_device(config):
-    program = _program(config)
-    state = jax.device_get(program.init())
-    return state, *jax.device_get(_step(program, state, _batch()))
-
-
-def _cases():
-    for family in FAMILIES:
-        for sizes in _MESHES:
-            # What is quick covers every mesh, every axis for every mixer.
-            quick = family == "bmojo" or (family in ("mamba", "transformer") and len(sizes) == 3)
-            marks = () if quick else pytest.mark.slow
-            name = "-".join(f"{axis}{size}" for axis, size in sizes.items())
-            yield pytest.param(family, sizes, marks=marks, id=f"{family}-{name}")
-
-
-@pytest.mark.parametrize(("family", "sizes"), list(_cases()))
-def test_eight_devices_equal_one(family, sizes, folder):
-    pattern = FAMILIES[family]
-    depth = len(pattern.split(","))
-    config = tiny_run(folder, model={"pattern": pattern, "depth": depth}, optim=_SMOOTH)
-    before, after, measured = _on_one_device(config)
-    after_8, measured_8 = jax.device_get(_step(_program(config, **sizes), before, _batch()))
-    np.testing.assert_allclose(measured_8["loss"], measured["loss"], rtol=1e-6)
-    for name in measured:
-        np.testing.assert_allclose(measured_8[name], measured[name], rtol=1e-5, err_msg=name)
-    before, after, after_8 = (paths.flatten_paths(x.params) for x in (before, after, after_8))
-    for path in after:
-        error = relative_rms(after_8[path] - before[path], after[path] - before[path])
-        assert error < 2 * TOLERANCE["float32"], (path, error)
-
-
-@pytest.mark.parametrize("sizes", _MESHES[1:])
-def test_state_is_born_sharded_and_donated(sizes, folder):
-    config = tiny_run(folder)
-    program = _program(config, **sizes)
-    with jax.set_mesh(program.mesh):
-        state = program.init()
-    _assert_same(jax.device_get(state), jax.device_get(_program(config).init()))
-    cut = 0
-    for path, leaf in paths.flatten_paths(state).items():
-        assert leaf.sharding == paths.flatten_paths(program.state_shardings)[path]
-        if leaf.ndim > 2 and "proj" in path:
-            cut += 1
-            assert leaf.addressable_shards[0].data.size < leaf.size, path
-    assert cut >= 3 * 8  # parameters and both moments
-    # What the program returns on a device is that device's shards.
-    with jax.set_mesh(program.mesh):
-        memory = program.init.lower().compile().memory_analysis()
-        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        assert memory.output_size_in_bytes < 0.6 * whole
-        state = program.init()  # one that nothing else refers to
-        after, _ = program.step(state, sharding.place_batch(_batch(), program.mesh))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    _assert_same(
-        jax.tree.map(lambda x: x.sharding, after),
-        jax.tree.map(lambda x: x, program.state_shardings),
-    )
-
-
-def test_metrics_of_a_step(folder):
-    config = tiny_run(folder, steps=50, optim={"warmup_steps": 10})
-    program = _program(config)
-    batch = _batch()
-    before = jax.device_get(program.init())
-    after, measured = jax.device_get(_step(program, before, batch))
-    assert measured["targets"] == batch["weights"].sum()
-    num_bytes = (batch["weights"] * (batch["targets"] != 256)).sum()
-    nats = measured["loss"] * measured["targets"]
-    assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
-    assert measured["learning_rate"] == pytest.approx(config.optim.learning_rate / 10)
-    update = jax.tree.map(np.subtract, after.params, before.params)
-    assert measured["update_norm"] == pytest.approx(float(optax.tree.norm(update)), rel=1e-3)
-    assert measured["param_norm"] == pytest.approx(float(optax.tree.norm(before.params)), rel=1e-5)
-    sums = jax.jit(jax.value_and_grad(lambda p, b: trainer.loss_sums(config, p, b), has_aux=True))
-    (loss, _), grads = sums(before.params, batch)
-    assert measured["loss"] == pytest.approx(float(loss) / measured["targets"], rel=1e-5)
-    grad_norm = float(optax.tree.norm(grads)) / measured["targets"]
-    assert measured["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
-    assert (measured["finite"], measured["skipped"]) == (1, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_tiny_preset_learns(family, folder):
-    model = presets.model(family, "tiny", vocab_size=257)
-    config = tiny_run(
-        folder,
-        model=model,
-        data={"sequence_length": 160, "batch_size": 2},
-        optim={"learning_rate": 3e-3, "warmup_steps": 0},
-    )
-    program = _program(config)
-    batch = next(first_batches(config.data, 1))
-    state, losses = jax.device_get(program.init()), []
-    for _ in range(3):
-        state, measured = _step(program, state, batch)
-        losses.append(float(measured["loss"]))
-        assert measured["finite"]
-    # A fresh model knows nothing; the same batch again is learned.
-    assert abs(losses[0] - math.log(257)) < 0.5
-    assert losses[2] < losses[1] < losses[0] - 0.05
-
-
-# The run.
 
 
 def test_a_run_leaves_its_results(finished, folder):
@@ -335,7 +141,7 @@ def _assert_continues(finished, config, workdir):
     assert (outcome.step, outcome.interrupted) == (6, False)
     assert records(workdir) == records(wanted_dir)
     assert records(workdir, "validation") == records(wanted_dir, "validation")
-    _assert_same(outcome.params, wanted.params)
+    assert_same(outcome.params, wanted.params)
 
 
 def test_a_finished_run_is_left_as_it_is(finished, folder):
@@ -347,7 +153,7 @@ def test_a_finished_run_is_left_as_it_is(finished, folder):
     assert outcome.validation.metrics() == wanted.validation.metrics()
     assert (workdir / "metrics.jsonl").read_text() == before
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == checkpoints
-    _assert_same(outcome.params, wanted.params)
+    assert_same(outcome.params, wanted.params)
 
 
 def test_documents_that_come_or_go_are_told(folder, tmp_path, monkeypatch, caplog):
@@ -405,15 +211,12 @@ def test_documents_left_out_are_told_and_counted(folder, tmp_path, caplog):
     assert len(counted) == len({line["not UTF-8"] for line in counted})  # only what has changed
 
 
-def test_the_checkpoint_of_another_number_of_processes(finished, folder, tmp_path, monkeypatch):
-    workdir = tmp_path / "run"
-    shutil.copytree(finished[0], workdir)
-    monkeypatch.setattr(processes, "gather", lambda text: [text, text])
-    with Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=1) as checkpoints:
-        program = _program(_resumed_config(folder))
-        checkpoints.save(7, program.init(), {}, to_dict(_resumed_config(folder)))
-    with pytest.raises(checks.SettingsError, match=r"saved by 2 processes, .* among 1"):
-        trainer.train(dataclasses.replace(_resumed_config(folder), steps=8), workdir)
+def test_a_run_keeps_its_shards(folder, tmp_path):
+    trainer.train(tiny_run(folder, steps=2, data={"shards": 4}), tmp_path)
+    with Checkpoints(tmp_path / "checkpoints", keep_last=1, keep_best=1, mode="read") as saved:
+        assert set(saved.place()["shards"]) == set("0123")
+    with pytest.raises(checks.SettingsError, match=r"data\.shards=2: must be 4, with which"):
+        trainer.train(tiny_run(folder, data={"shards": 2}), tmp_path)
 
 
 def test_a_second_ctrl_c_interrupts():
@@ -561,31 +364,24 @@ def _poison(monkeypatch, is_bad):
 
 def test_a_skipped_update_changes_nothing(monkeypatch, folder):
     config = tiny_run(folder, non_finite="skip", optim={"accumulate": 2})
-    good = _batch()
+    good = packed_batch()
     good["targets"][good["targets"] == 1] = 2
     bad = good | {"targets": good["targets"].copy()}
     bad["targets"][3, 4] = 1
     _poison(monkeypatch, lambda batch: (batch["targets"] == 1).any())
-    program = _program(config)
-    state, _ = jax.device_get(_step(program, program.init(), good))
-    after, measured = jax.device_get(_step(program, state, bad))
+    program = on_mesh(config)
+    state, _ = jax.device_get(take_step(program, program.init(), good))
+    after, measured = jax.device_get(take_step(program, state, bad))
     assert np.isnan(measured["loss"]) and not measured["finite"]
     assert (after.step, after.skipped, measured["skipped"]) == (2, 1, 1)
-    _assert_same((after.params, after.opt_state), (state.params, state.opt_state))
+    assert_same((after.params, after.opt_state), (state.params, state.opt_state))
     # As if the bad batch had not been there, but for the count; the rate is the next one's.
-    then, measured = jax.device_get(_step(program, after, good))
-    directly, wanted = jax.device_get(_step(program, state, good))
-    _assert_same(then.params, directly.params)
+    then, measured = jax.device_get(take_step(program, after, good))
+    directly, wanted = jax.device_get(take_step(program, state, good))
+    assert_same(then.params, directly.params)
     assert measured["learning_rate"] == wanted["learning_rate"]
     schedule = optim.make_schedule(config.optim, config.steps)
     assert measured["learning_rate"] == pytest.approx(float(schedule(1)))
-
-
-def first_batches(data, chunk):
-    source = sources.open_source(data, "train")
-    return pipeline.train_iterator(
-        source, data, chunk, ByteTokenizer(), process_index=0, process_count=1
-    )
 
 
 @pytest.fixture

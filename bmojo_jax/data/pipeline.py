@@ -1,17 +1,19 @@
-"""Batches of a run, for one process of several.
+"""Batches of a run, in shards that are shared out among the processes.
 
-    training     each source: shuffle anew in each epoch -> documents of this process -> tokens
-                 -> rows; rows of all sources by weight -> shuffle within a window -> batch
-    validation   all documents in order -> tokens -> rows -> batch -> rows of this process
+    training     each source: shuffle anew in each epoch -> documents of a shard -> tokens -> rows;
+                 rows of all sources by weight -> shuffle within a window -> rows of a batch
+    validation   all documents in order -> tokens -> rows -> batch -> rows of a shard
 
-Each process trains on documents of its own. In validation every process packs the whole split and
-keeps its share of each batch, so the tokens of a batch do not depend on how many processes there
-are, and all see equally many batches.
+A training batch is the rows of all shards, each of which reads documents of its own, whoever reads
+them: a run goes on with the same batches on fewer processes, or more. In validation every process
+packs the whole split and keeps its share of each batch, so the tokens of a batch do not depend on
+how many processes there are, and all see equally many batches.
 
 Documents that cannot be used are left out, and counted by reason in the state of the iterator:
-`left_out(iterator.get_state())`. It counts what this process has read, each epoch anew.
+`left_out(iterator.get_state())`. It counts what a shard has read, each epoch anew.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -19,8 +21,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from typing import SupportsIndex
+from collections.abc import Iterator, Mapping
+from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
@@ -33,7 +35,7 @@ from bmojo_jax.data.mixing import MixRows, ShuffleRows
 from bmojo_jax.data.packing import left_out
 from bmojo_jax.data.tokenizers import Tokenizer
 
-__all__ = ["fingerprint", "left_out", "train_iterator", "validation_batches"]
+__all__ = ["Batches", "fingerprint", "left_out", "train_iterator", "validation_batches"]
 
 # Documents are whole files, possibly large: few are read ahead.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
@@ -46,32 +48,32 @@ def train_iterator(
     chunk: int,
     tokenizer: Tokenizer,
     *,
-    process_index: int,
-    process_count: int,
+    shard: int,
+    shards: int,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Endless training batches of this process: `batch_size / process_count` rows each.
+    """Endless training batches of a shard: `batch_size / shards` rows each.
 
     `source` is that of `sources.open_source(data, "train")`; those of `data.mixed_in` are opened
     here.
 
     `get_state()` is JSON-able; `set_state()` resumes with exactly the batch that would have come
-    next, provided the documents (`fingerprint`), `data`, `chunk` and `process_count` are the same.
+    next, provided the documents (`fingerprint`), `data`, `chunk` and `shards` are the same.
     `close()` ends its threads and reader processes.
 
     Raises:
-      ValueError: a source or the batch cannot be shared out among the processes.
+      ValueError: a source or the batch cannot be shared out among the shards.
     """
-    row_count = _rows_per_process(data, process_index, process_count)
+    row_count = _rows_per_shard(data, shard, shards)
     streams = []
     settings = [data, *data.mixed_in]
     for setting, (name, documents) in zip(settings, _named(source, data), strict=True):
-        if len(documents) < process_count:
+        if len(documents) < shards:
             raise ValueError(
-                f"{name}: must hold at least {process_count=} training documents or records, "
-                f"one for each process; it holds {len(documents)}"
+                f"{name}: must hold at least {shards=} training documents or records, "
+                f"one for each shard; it holds {len(documents)}"
             )
         shuffled = grain.MapDataset.source(_Tokenized(documents, tokenizer))
-        shuffled = shuffled.seed(data.seed).shuffle()[process_index::process_count].repeat()
+        shuffled = shuffled.seed(data.seed).shuffle()[shard::shards].repeat()
         streams.append(_cut(shuffled, len(documents), name, setting, data, chunk, tokenizer))
     rows = (
         MixRows(streams, [setting.weight for setting in settings])
@@ -96,30 +98,84 @@ def train_iterator(
     return iter(batches)
 
 
+class Batches:
+    """The training batches of a reader: the rows of its shards below each other.
+
+    Example: of 4 shards, reader 1 of 2 has shards 2 and 3.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        chunk: int,
+        tokenizer: Tokenizer,
+        *,
+        shards: int,
+        reader: int,
+        readers: int,
+    ) -> None:
+        """Raises ValueError if the shards cannot be shared out among the readers, or the rows."""
+        if shards % readers:
+            raise ValueError(
+                f"data.shards={shards}: must be a multiple of the number of processes that read "
+                f"rows of their own, {readers}"
+            )
+        own = range(reader * shards // readers, (reader + 1) * shards // readers)
+        with contextlib.ExitStack() as stack:
+            self._iterators = {}
+            for shard in own:
+                iterator = train_iterator(
+                    source, data, chunk, tokenizer, shard=shard, shards=shards
+                )
+                stack.callback(iterator.close)
+                self._iterators[shard] = iterator
+            self._stack = stack.pop_all()
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        parts = [next(iterator) for iterator in self._iterators.values()]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def get_state(self) -> dict[str, Any]:
+        """Where each shard of this reader stands, by its number; JSON-able."""
+        return {str(n): iterator.get_state() for n, iterator in self._iterators.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Resumes with the batch that would have come next; `state` may hold more shards."""
+        for n, iterator in self._iterators.items():
+            iterator.set_state(state[str(n)])
+
+    def close(self) -> None:
+        """Ends its threads and reader processes."""
+        self._stack.close()
+
+
 def validation_batches(
     source: Source,
     data: DataConfig,
     chunk: int,
     tokenizer: Tokenizer,
     *,
-    process_index: int,
-    process_count: int,
+    shard: int,
+    shards: int,
     limit: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's part of the validation batches: the first `limit`, or all if it is 0.
+    """A shard's part of the validation batches: the first `limit`, or all if it is 0.
 
     `source` is that of `sources.open_source(data, "validation")`, opened once in a run so that
     every evaluation is on the same documents. The last batch is filled up with rows of padding.
     How many documents are left out is logged, once in a run.
 
     Raises:
-      ValueError: the batch cannot be shared out among the processes; there is no batch.
+      ValueError: the batch cannot be shared out among the shards; there is no batch.
     """
-    row_count = _rows_per_process(data, process_index, process_count)
+    row_count = _rows_per_shard(data, shard, shards)
     documents = grain.MapDataset.source(_Tokenized(source, tokenizer))
     name = f"validation documents of data.path={data.path!r}"
     rows = _cut(documents, len(source), name, data, data, chunk, tokenizer)
-    own = slice(process_index * row_count, (process_index + 1) * row_count)
+    own = slice(shard * row_count, (shard + 1) * row_count)
     lay_out = _lay_out(row_count, data, chunk, tokenizer)
     batches = rows.batch(data.batch_size, batch_fn=lambda rows: lay_out(rows[own]))
     return _counted(iter(batches), name, limit)
@@ -241,11 +297,9 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _rows_per_process(data: DataConfig, process_index: int, process_count: int) -> int:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"{process_index=}: must be in [0, {process_count=})")
-    if data.batch_size % process_count:
-        raise ValueError(
-            f"data.batch_size={data.batch_size}: must be a multiple of {process_count=}"
-        )
-    return data.batch_size // process_count
+def _rows_per_shard(data: DataConfig, shard: int, shards: int) -> int:
+    if not 0 <= shard < shards:
+        raise ValueError(f"{shard=}: must be in [0, {shards=})")
+    if data.batch_size % shards:
+        raise ValueError(f"data.batch_size={data.batch_size}: must be a multiple of {shards=}")
+    return data.batch_size // shards

@@ -68,8 +68,8 @@ def run(trained: Trained, *, batches: int = 8) -> dict[str, Any]:
             data,
             config.model.chunk,
             trained.tokenizer,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            shard=jax.process_index(),
+            shards=jax.process_count(),
             limit=batches,
         ):
             weight = float(batch["weights"].mean())

@@ -11,7 +11,6 @@ Intervals are bootstraps over documents.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -128,6 +127,7 @@ def make_validator(
     token_bytes_V = tokenizer.token_bytes_V()
     length = config.data.sequence_length
     source = sources.open_source(config.data, "validation")
+    readers = sharding.readers(mesh)
 
     def measure(params: model.Params, batch: dict[str, Array]) -> _Tokens:
         x_BLD = model.hidden_states(
@@ -157,8 +157,8 @@ def make_validator(
             config.data,
             config.model.chunk,
             tokenizer,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            shard=readers.index,
+            shards=readers.count,
             limit=config.eval_batches,
         )
         total = _Totals(length)
@@ -191,7 +191,7 @@ def _at_context(config: TrainConfig, context: int, mesh: Mesh) -> TrainConfig:
 
 def rows_together(mesh: Mesh) -> int:
     """The fewest rows of a batch that every device has equally many of."""
-    return math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count())
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def default_contexts(config: TrainConfig) -> tuple[int, ...]:

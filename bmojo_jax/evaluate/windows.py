@@ -258,8 +258,9 @@ def _place_part(
 ) -> dict[str, Array]:
     """These rows and columns on the devices; each process has all and gives its share."""
     part = {name: array[rows, columns] for name, array in batch.items()}
-    share = len(part["inputs"]) // jax.process_count()
-    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    readers = sharding.readers(mesh)
+    share = len(part["inputs"]) // readers.count
+    own = slice(readers.index * share, (readers.index + 1) * share)
     return sharding.place_batch({name: array[own] for name, array in part.items()}, mesh)
 
 
@@ -296,7 +297,7 @@ def _stream(
 
     # A ring of that size holds all keys of the longest window beside the piece that is written.
     empty = functools.partial(empty_cache, config, job.rows, max_length=job.longest + piece)
-    by_row = sharding.batch_sharding(mesh)
+    by_row = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     behind_groups = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
     shapes = jax.eval_shape(empty)
     placement = jax.tree.map(lambda x: by_row if x.ndim == 1 else behind_groups, shapes)

@@ -10,27 +10,40 @@ recompute the weights from lse. No atomics: every bit is the same in every run. 
 O(L (W + F + M)), memory O(L); saved for the backward pass are o and lse. `tpu_tiles.py` has how the
 grids follow the bands, `tpu_kernels.py` the bodies of the kernels.
 
-Layout: the kernels read and write [B, heads, L, K], tokens padded to whole tiles; XLA transposes on
-the way in and out, which moves every operand and result once more than a kernel would have to. The
-memory of all chunks is one list of Z M slots.
+Layout: the kernels read and write [B, heads, L, K], tokens padded to whole tiles. The memory of all
+chunks is one list of Z M slots. What XLA copies for it, compiled for v5e and v6e at L8192 H16 G16
+with the projections of q, k, v, rotary, and the projection of o around it:
+* of what belongs to tokens nothing, forward and backward, if the projections write heads first,
+  `einsum("BLD,DHK->BHLK").swapaxes(1, 2)`: the transposes are folded into the matrix products.
+* written as [B, L, H, K] (`tensordot`), nothing on a v5e at K = 128. A v6e writes what rotary
+  follows with tokens in lanes, and copies it (q, k and fading k, 96 MiB of the 208 that the forward
+  kernel reads and writes); at K = 64 both copy q and all k and v (80 MiB of 104), a v5e also all
+  their gradients. Blocks out of [B, L, H K] would not help: what rotary writes is tiled by head.
+* the memory once, 16 MiB of the 208, and its gradient once.
 
 Matrix products in the inputs' dtype with float32 accumulation; softmax, lse and sums in float32.
 float32 products are exact to float32.
 
 Limits: K of 32, 64, 128 or 256, float32 or bfloat16. Tiles are multiples of 128: chunks shorter
-than a tile of queries pay for the memories of the whole tile.
+than a tile of queries pay for the memories of the whole tile. Query heads of a group read their
+keys and values each for itself, forward and for dq: a tile of keys stays in VMEM from one tile of
+queries to the next, not from head to head. At K = 128 that is 576 KiB for a tile of 512 queries;
+with q and o it takes, meanwhile, a third of the time of the tile's bundles on a v5e, a fifth on a
+v6e (by what they can do on paper). Sharing it would take a step for a whole group, with scratch
+and blocks of q for all its heads.
 
-Bundles of instructions (cycles, but for waiting for memory) of all that runs for a tile of 512
-queries, per useful tile of 512 x 512 logits; B1 L8192 H16 G16 K128, bfloat16, W = F = 512, M = 64,
-C = 256 (2.125 useful tiles). Beside it JAX's splash attention with a window of 1024 and blocks of
-512, its best on a v5e (2 useful tiles in 3 that it computes). Counted in the
-dumps of libtpu 0.0.48.1: each kernel's bundles, start and end of a tile included, times the blocks
-that they run for:
+Bundles of instructions (cycles, but for waiting for memory) per useful tile of 512 x 512 logits,
+beside those of JAX's splash attention with a window of 1024 and its best blocks, as counted by
+`python -m benchmarks.tpu_cycles --op memory_attention`; B1 L8192 H16 G16 K128, bfloat16,
+W = F = 512, C = 256, libtpu 0.0.48.1:
 
-|              | v4          | v5e         | v5p         | v6e         |
-| forward      | 2971 : 3338 | 1979 : 2177 | 2106 : 2242 | 1883 : 1837 |
-| dq           | 2986 : 3398 | 2328 : 2554 | 2401 : 2593 | 1799 : 1961 |
-| dk, dv       | 3813 : 4420 | 3128 : 3268 | 3255 : 3331 | 2209 : 2381 |
+|               | v4          | v5e         | v5p         | v6e         |
+| forward, M 64 | 3265 : 3642 | 2239 : 2439 | 2436 : 2609 | 2224 : 2102 |
+| forward,  M 0 | 2916 : 3642 | 2020 : 2439 | 2151 : 2609 | 1971 : 2102 |
+| dq,      M 64 | 3286 : 3789 | 2570 : 2879 | 2834 : 3081 | 2156 : 2415 |
+| dq,       M 0 | 2956 : 3789 | 2384 : 2879 | 2564 : 3081 | 1919 : 2415 |
+| dk, dv,  M 64 | 4092 : 4961 | 3361 : 3775 | 3716 : 3991 | 2641 : 2897 |
+| dk, dv,   M 0 | 3701 : 4961 | 3120 : 3775 | 3409 : 3991 | 2373 : 2897 |
 
 Tried, bundles of a tile that a border cuts in half, forward on a v5e: masked as a whole 1170; in
 strips of 128 rows without what is not seen, one after the other, 1120; all strips' products, then

@@ -293,7 +293,7 @@ def test_a_row_of_training_holds_question_and_answer(tmp_path):
     )
     tokenizer = ByteTokenizer()
     source = sources.open_source(data, "train")
-    batches = pipeline.train_iterator(source, data, 1, tokenizer, process_index=0, process_count=1)
+    batches = pipeline.train_iterator(source, data, 1, tokenizer, shard=0, shards=1)
     found = 0
     for _ in range(5):
         batch = next(batches)

@@ -51,9 +51,7 @@ def config(folder, **settings):
 
 def train(data, index=0, count=1):
     source = sources.open_source(data, "train")
-    return pipeline.train_iterator(
-        source, data, CHUNK, ByteTokenizer(), process_index=index, process_count=count
-    )
+    return pipeline.train_iterator(source, data, CHUNK, ByteTokenizer(), shard=index, shards=count)
 
 
 def validation(data, index=0, count=1, limit=0):
@@ -63,8 +61,8 @@ def validation(data, index=0, count=1, limit=0):
             data,
             CHUNK,
             ByteTokenizer(),
-            process_index=index,
-            process_count=count,
+            shard=index,
+            shards=count,
             limit=limit,
         )
     )
@@ -235,14 +233,55 @@ def test_validation_is_the_same_for_any_number_of_processes(folder):
     assert_same(together, validation(data))
 
 
+def test_shards_may_be_read_by_any_number_of_readers(folder):
+    data = config(folder, batch_size=4, document_start="chunk")
+
+    def readers(count):
+        source = sources.open_source(data, "train")
+        return [
+            pipeline.Batches(
+                source, data, CHUNK, ByteTokenizer(), shards=4, reader=i, readers=count
+            )
+            for i in range(count)
+        ]
+
+    def together(some):
+        parts = [next(batches) for batches in some]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    one, two, four = readers(1), readers(2), readers(4)
+    for _ in range(3):
+        wanted = together(one)
+        assert wanted["inputs"].shape[0] == 4
+        for others in (two, four):
+            got = together(others)
+            assert all((got[name] == wanted[name]).all() for name in wanted)
+    # Those of two readers together are where one reader, or four, go on.
+    state = json.loads(json.dumps(two[0].get_state() | two[1].get_state()))
+    assert set(state) == set("0123")
+    wanted = together(two)
+    for count in (1, 4):
+        again = readers(count)
+        for batches in again:
+            batches.set_state(state)
+        got = together(again)
+        assert all((got[name] == wanted[name]).all() for name in wanted)
+        for batches in again:
+            batches.close()
+    for batches in (*one, *two, *four):
+        batches.close()
+    with pytest.raises(ValueError, match=r"data\.shards=4: must be a multiple of .* own, 3"):
+        readers(3)
+
+
 def test_errors_name_the_setting(folder):
-    with pytest.raises(ValueError, match=r"data\.batch_size=4: must be a multiple of process_co"):
+    with pytest.raises(ValueError, match=r"data\.batch_size=4: must be a multiple of shards=3"):
         train(config(folder), 0, 3)
-    with pytest.raises(ValueError, match=r"data\.batch_size=4: must be a multiple of process_co"):
+    with pytest.raises(ValueError, match=r"data\.batch_size=4: must be a multiple of shards=3"):
         validation(config(folder), 0, 3)
-    with pytest.raises(ValueError, match=r"process_index=2: must be in \[0, process_count=2\)"):
+    with pytest.raises(ValueError, match=r"shard=2: must be in \[0, shards=2\)"):
         train(config(folder), 2, 2)
-    with pytest.raises(ValueError, match=r"at least process_count=32 training doc.* it holds 1"):
+    with pytest.raises(ValueError, match=r"at least shards=32 training doc.* it holds 1"):
         train(config(folder, batch_size=32), 0, 32)
     with pytest.raises(ValueError, match=r"data\.workers=2: must be 0 unless absl's flags are"):
         train(config(folder, workers=2))
@@ -344,9 +383,7 @@ def with_bad_ones(rng):
 
 
 def count_documents(data, source, batches):
-    iterator = pipeline.train_iterator(
-        source, data, CHUNK, ByteTokenizer(), process_index=0, process_count=1
-    )
+    iterator = pipeline.train_iterator(source, data, CHUNK, ByteTokenizer(), shard=0, shards=1)
     seen = []
     for _ in range(batches):
         next(iterator)
@@ -386,7 +423,7 @@ def test_bad_documents_of_the_validation_split_are_told_once(rng, caplog):
 
     def run():
         batches = pipeline.validation_batches(
-            source, data, CHUNK, ByteTokenizer(), process_index=0, process_count=1, limit=0
+            source, data, CHUNK, ByteTokenizer(), shard=0, shards=1, limit=0
         )
         return documents_of(batches)
 
@@ -439,7 +476,7 @@ if __name__ == "__main__":
     data = DataConfig(path=sys.argv[1], sequence_length=16, batch_size=4, workers=2)
     iterator = pipeline.train_iterator(
         sources.open_source(data, "train"), data, 4, ByteTokenizer(),
-        process_index=0, process_count=1,
+        shard=0, shards=1,
     )
     next(iterator), next(iterator)
     print(*[reader.pid for reader in multiprocessing.active_children()], flush=True)

@@ -235,7 +235,7 @@ def test_validation_batches_count_the_bytes_of_the_documents(tmp_path, make):
     data = DataConfig(path=str(tmp_path), sequence_length=16, batch_size=2, validation_fraction=0.9)
     batches = pipeline.validation_batches(
         sources.open_source(data, "validation"), data, 4, tokenizer,
-        process_index=0, process_count=1, limit=0,
+        shard=0, shards=1, limit=0,
     )  # fmt: skip
     counts_V = tokenizer.token_bytes_V()
     counted = sum((counts_V[b["targets"]] * b["weights"]).sum() for b in batches)

@@ -47,9 +47,7 @@ def documents(source):
 def validation(data):
     source = sources.open_source(data, "validation")
     return list(
-        pipeline.validation_batches(
-            source, data, 4, ByteTokenizer(), process_index=0, process_count=1, limit=0
-        )
+        pipeline.validation_batches(source, data, 4, ByteTokenizer(), shard=0, shards=1, limit=0)
     )
 
 
@@ -88,9 +86,7 @@ def test_training_resumes_within_a_record(written):
     source = sources.open_source(written, "train")
 
     def train():
-        return pipeline.train_iterator(
-            source, written, 16, ByteTokenizer(), process_index=0, process_count=1
-        )
+        return pipeline.train_iterator(source, written, 16, ByteTokenizer(), shard=0, shards=1)
 
     iterator = train()
     for _ in range(31):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Part
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator  # isort: skip
 
 from bmojo_jax import topologies
+from bmojo_jax.layers import rotary
 from pallas_kernels import Unsupported, dispatch, memory_attention
 from pallas_kernels.memory_attention import pallas_tpu
 from pallas_kernels.memory_attention.tpu_tiles import Stream, cut, whole
@@ -299,6 +301,44 @@ def test_compiles(chip: str, case: str) -> None:
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     # q, do, o, dq and their transposes; the logits alone would take 4 GiB.
     assert compiled.memory_analysis().temp_size_in_bytes < 2**29
+
+
+@pytest.mark.slow
+@without_libtpu
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_projections_write_what_the_kernels_read(chip: str) -> None:
+    """No copy of queries, keys or values, if they are made heads first."""
+    devices = topologies.devices(TOPOLOGIES[chip])[:1]
+    sharding = NamedSharding(Mesh(np.array(devices), ("one",)), PartitionSpec())
+    B, L, H, K, D = 1, 8192, 16, 64, 1024
+
+    def array(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=sharding)
+
+    def mixer(x_BLD: jax.Array, kernels: list[jax.Array], o_HKD: jax.Array) -> jax.Array:
+        q, k, v, fading_k, fading_v = (
+            jnp.einsum("BLD,DHK->BHLK", x_BLD, kernel).swapaxes(1, 2) for kernel in kernels
+        )
+        positions_BL = jnp.arange(L)[None]
+        q, k, fading_k = (rotary(each, positions_BL, 1e4) for each in (q, k, fading_k))
+        out = memory_attention(
+            q,
+            k,
+            v,
+            fading_k_BLGK=fading_k,
+            fading_v_BLGK=fading_v,
+            window=512,
+            fading_window=512,
+            implementation="pallas_tpu",
+        )
+        return jnp.einsum("BLHK,HKD->BLD", out.o_BLHK, o_HKD)
+
+    with topologies.compiling_for(devices):
+        traced = jax.jit(mixer).trace(array(B, L, D), [array(D, H, K)] * 5, array(H, K, D))
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert "memory_attention_forward_kernel" in text
+    copies = re.findall(rf"= (\w+\[[\d,]*\b{L}\b[\d,]*\])\S* copy\(", text)
+    assert not [shape for shape in copies if f"{H},{K}" in shape], copies
 
 
 def test_refusals(rng: np.random.Generator) -> None:

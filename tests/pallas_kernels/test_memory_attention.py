@@ -1,5 +1,6 @@
 """Attention over three memories: implementations against the reference, and what must hold."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ BLOCKS: Mapping[str, dict[str, int]] = {
 # Interpreting a kernel takes seconds to compile.
 ALL = [*BACKENDS, *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS)]
 EVERY = ["reference", *ALL]
+# Those for TPUs, which have tests of their own, take heads of these widths only.
+WITH_TPU = [*EVERY, pytest.param("pallas_tpu", marks=pytest.mark.slow)]
+TPU_WIDTH = 32
 SMALL = [name for name, shape in ATTENTION_CASES.items() if shape.L < 100]
 # Every stream, a border of every kind crossed several times, heads shared.
 SHAPE = AttentionShape(B=2, L=23, H=4, G=2, K=4, window=3, fading_window=4, eidetic=3, chunk=5)
@@ -65,19 +69,24 @@ def attend(floats: Arrays, options: Arrays, implementation: str, **more: Any) ->
     )(floats)
 
 
-def outputs_and_gradients(
-    floats: Arrays, options: Arrays, implementation: str, **more: Any
-) -> dict[str, jax.Array]:
-    """o, lse and the gradient of every float operand through both of them."""
+def cotangents(floats: Arrays) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
-    B, L, H, K = floats["q_BLHK"].shape
-    d_o, d_lse = rng.standard_normal((B, L, H, K)), rng.standard_normal((B, L, H))
+    shape = floats["q_BLHK"].shape
+    return rng.standard_normal(shape), rng.standard_normal(shape[:3])
+
+
+def outputs_and_gradients(
+    floats: Arrays, options: Arrays, implementation: str, *, d_lse: bool = True, **more: Any
+) -> dict[str, jax.Array]:
+    """o, lse and the gradient of every float operand through both of them, or through o alone."""
+    d_o, d_lse_BLH = cotangents(floats)
+    d_lse_BLH *= d_lse
 
     @jax.jit
     def run(floats: Arrays) -> tuple[AttentionOutput, Arrays]:
         out, pull = jax.vjp(lambda x: attend(x, options, implementation, **more), floats)
         cotangent = AttentionOutput(
-            jnp.asarray(d_o, out.o_BLHK.dtype), jnp.asarray(d_lse, out.lse_BLH.dtype)
+            jnp.asarray(d_o, out.o_BLHK.dtype), jnp.asarray(d_lse_BLH, out.lse_BLH.dtype)
         )
         return out, pull(cotangent)[0]
 
@@ -227,40 +236,71 @@ def test_gradients_reach_what_is_seen_and_nothing_else(
     assert not (touched["q_BLHK"] & (i != j)).any()
 
 
-@pytest.mark.parametrize("implementation", EVERY)
+def shape_for(implementation: str, shape: AttentionShape) -> AttentionShape:
+    """A shape that the implementation takes."""
+    return dataclasses.replace(shape, K=TPU_WIDTH) if implementation == "pallas_tpu" else shape
+
+
+@pytest.mark.parametrize("implementation", WITH_TPU)
 def test_fading_tokens_that_equal_the_tokens_widen_the_window(
     rng: np.random.Generator, implementation: str
 ) -> None:
-    floats, options = draw(rng, SHAPE)
+    """The gradients of the two streams add up to those of the one."""
+    floats, options = draw(rng, shape_for(implementation, SHAPE))
     wider = options | {"window": SHAPE.window + SHAPE.fading_window, "fading_window": 0}
     floats = {n: a for n, a in floats.items() if "fading" not in n}
 
     both = {"fading_k_BLGK": floats["k_BLGK"], "fading_v_BLGK": floats["v_BLGK"]}
-    got = attend(floats | both, options, implementation)
-    want = attend(floats, wider, implementation)
-    assert_close(got._asdict(), want._asdict(), "float32")
+    got = outputs_and_gradients(floats | both, options, implementation)
+    for name in ("k_BLGK", "v_BLGK"):
+        got[f"d {name}"] += got.pop(f"d fading_{name}")
+    assert_close(got, outputs_and_gradients(floats, wider, implementation), "float32")
 
 
 @pytest.mark.parametrize("window", [6, 23, 10**12], ids=["sliding", "full", "beyond"])
-@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("implementation", WITH_TPU)
 def test_equals_plain_attention(rng: np.random.Generator, implementation: str, window: int) -> None:
-    shape = AttentionShape(2, 23, 4, 2, 4, window, 0, 0, 1)
+    shape = shape_for(implementation, AttentionShape(2, 23, 4, 2, 4, window, 0, 0, 1))
     floats, options = draw(rng, shape, segments=False)
-    rows_BLHK = jnp.asarray(rng.standard_normal((2, 23, 4, 4)), "float32")
+    want = plain_attention(floats, None if window >= shape.L else window)
+    got = outputs_and_gradients(floats, options, implementation, d_lse=False)
+    del got["lse"]
+    assert_close(got, want, "float32")
 
-    def ours(floats: Arrays) -> tuple[jax.Array, jax.Array]:
-        o = attend(floats, options, implementation).o_BLHK
-        return (o * rows_BLHK).sum(), o
 
-    def plain(floats: Arrays) -> tuple[jax.Array, jax.Array]:
-        local = None if window >= 23 else (window - 1, 0)
-        qkv = (floats[n] for n in ("q_BLHK", "k_BLGK", "v_BLGK"))
-        o = jax.nn.dot_product_attention(*qkv, is_causal=True, local_window_size=local)
-        return (o * rows_BLHK).sum(), o
+@pytest.mark.parametrize("implementation", WITH_TPU)
+def test_a_window_of_everything_is_full_attention(
+    rng: np.random.Generator, implementation: str
+) -> None:
+    """No token is old enough for the fading keys or for a memory, so neither is seen."""
+    shape = dataclasses.replace(SHAPE, window=SHAPE.L)
+    floats, options = draw(rng, shape_for(implementation, shape), segments=False)
+    options["eidetic_valid_BZM"] = jnp.zeros_like(options["eidetic_valid_BZM"])
+    got = outputs_and_gradients(floats, options, implementation, d_lse=False)
+    del got["lse"]
+    for name in [name for name in got if "fading" in name or "eidetic" in name]:
+        np.testing.assert_array_equal(got.pop(name), 0, err_msg=name)
+    assert_close(got, plain_attention(floats, None), "float32")
 
-    got, o = jax.grad(ours, has_aux=True)(floats)
-    want, plain_o = jax.grad(plain, has_aux=True)(floats)
-    assert_close({"o": o, **got}, {"o": plain_o, **want}, "float32")
+
+def plain_attention(floats: Arrays, window: int | None) -> dict[str, jax.Array]:
+    """JAX's own attention over a sliding window, or over everything, and its gradients."""
+    names = ("q_BLHK", "k_BLGK", "v_BLGK")
+    local = None if window is None else (window - 1, 0)
+
+    @jax.jit
+    def run(qkv: list[jax.Array], d_o: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        o, pull = jax.vjp(
+            lambda *qkv: jax.nn.dot_product_attention(
+                *qkv, is_causal=True, local_window_size=local
+            ),
+            *qkv,
+        )
+        return o, pull(d_o)
+
+    d_o, _ = cotangents(floats)
+    o, gradients = run([floats[name] for name in names], jnp.asarray(d_o, jnp.float32))
+    return {"o": o, **{f"d {n}": g for n, g in zip(names, gradients, strict=True)}}
 
 
 @pytest.mark.parametrize("implementation", EVERY)

@@ -1,4 +1,4 @@
-"""The bundles of the TPU kernels, and their parser."""
+"""The bundles of the selective scan's TPU kernels, and what counts them."""
 
 import importlib.util
 import json
@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tpu_bundles
+from benchmarks import tpu_scan_bundles
 
 ROOT = pathlib.Path(__file__).parents[2]
-CHIPS = tuple(tpu_bundles.TOPOLOGIES)
 # What was reached, with a little room for another libtpu.
 ROOM = 1.02
 
@@ -35,14 +34,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 @without_libtpu
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("program", tpu_bundles.PROGRAMS)
-def test_bundles(measured: dict[str, Any], chip: str, program: tpu_bundles.Program) -> None:
+@pytest.mark.parametrize("chip", tpu_scan_bundles.CHIPS)
+@pytest.mark.parametrize("program", tpu_scan_bundles.PROGRAMS)
+def test_bundles(measured: dict[str, Any], chip: str, program: tpu_scan_bundles.Program) -> None:
     recorded = json.loads((ROOT / "results/kernels/tpu_bundles.json").read_text())
     counts = {variant: measured["counts"][chip][variant][program] for variant in ("plain", "full")}
-    goal = tpu_bundles.GOALS[program]
+    goal = tpu_scan_bundles.GOALS[program]
     assert counts["plain"]["total"] <= goal.must
-    assert counts["full"]["total"] <= tpu_bundles.FULL_GOAL * counts["plain"]["total"]
+    assert counts["full"]["total"] <= tpu_scan_bundles.FULL_GOAL * counts["plain"]["total"]
     for variant, count in counts.items():
         before = recorded["counts"][chip][variant][program]["total"]
         assert count["total"] <= ROOM * before, (variant, count)
@@ -65,7 +64,7 @@ BUNDLES = """
 
 
 def test_every_bundle_that_runs_is_counted() -> None:
-    count = tpu_bundles.count(BUNDLES, "forward", C=16, Z=4, K=4, vmem_mib=1.0)
+    count = tpu_scan_bundles.count(BUNDLES, "forward", C=16, Z=4, K=4, vmem_mib=1.0)
     # A tile is two units of 512 channels; `spread` runs for one tile in four.
     assert count.loops == {
         "spread": 2 / 16 / 4 / 2,
@@ -79,4 +78,4 @@ def test_every_bundle_that_runs_is_counted() -> None:
 
 def test_unknown_loops_are_refused() -> None:
     with pytest.raises(ValueError, match="backward: 4 loops where there should be"):
-        tpu_bundles.count(BUNDLES, "backward", C=16, Z=4, K=4, vmem_mib=1.0)
+        tpu_scan_bundles.count(BUNDLES, "backward", C=16, Z=4, K=4, vmem_mib=1.0)
