@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Of our own modules, what each may import; a name stands for everything below it.
 LAYERS = [
-    {"bmojo_jax.settings", "bmojo_jax.processes", "bmojo_jax.records"},
+    {"bmojo_jax.settings", "bmojo_jax.processes", "bmojo_jax.records", "bmojo_jax.hlo"},
     {
         "bmojo_jax.config",
         "bmojo_jax.console",
@@ -29,7 +29,7 @@ LAYERS = [
     {"bmojo_jax.data", "bmojo_jax.metrics", "bmojo_jax.checkpoint", "bmojo_jax.checks"},
     {"bmojo_jax.evaluate", "bmojo_jax.generate"},
     {"bmojo_jax.trainer"},
-    {"bmojo_jax.closing", "bmojo_jax.sweep"},
+    {"bmojo_jax.closing", "bmojo_jax.sweep", "bmojo_jax.aot"},
     {"train", "eval"},
 ]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from bmojo_jax import context, layers, memory, model, operations, paths, sharding
+from bmojo_jax import context, hlo, layers, memory, model, operations, paths, sharding
 from bmojo_jax.config import MeshConfig
 from tests.models import small_config
 
@@ -216,24 +216,12 @@ def test_optional_inputs_may_be_missing():
             _assert_close(_results(operations.selective_scan, inputs, {}), wanted)
 
 
-WIDTHS = {"f32": 4, "s32": 4, "pred": 1}
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)\((.*)"
-)
-
-
 def _received(function, *arguments):
     """Bytes that a device receives, by kind of collective, each counted once."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     total = {}
-    for result, kind, rest in COLLECTIVE.findall(text):
-        if "replica_groups=mesh" in rest and re.search(r"\] \{('(data|fsdp|tensor)',?)+\}", rest):
-            continue  # along axes of one device
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result):
-            size = WIDTHS[dtype] * int(np.prod([int(n) for n in dims.split(",") if n]))
-            # The device's own part is in what it gathers.
-            size = size * (PIECES - 1) // PIECES if kind == "all-gather" else size
-            total[kind] = total.get(kind, 0) + size
+    for kind, received, _ in hlo.collectives(text):
+        total[kind] = total.get(kind, 0) + received
     return total
 
 

@@ -229,7 +229,7 @@ def test_when_one_is_killed_the_others_say_so_and_a_restart_goes_on(gone, pair, 
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
     assert time.monotonic() - killed < 60
     assert processes[1 - gone].returncode not in (0, None)
     # JAX may be first to find out, and says it in its own words.
