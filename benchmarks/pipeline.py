@@ -97,9 +97,7 @@ def measure(data: DataConfig) -> dict[str, Any]:
     source = sources.open_source(data, "train")
 
     def open_iterator() -> Any:
-        return pipeline.train_iterator(
-            source, data, _CHUNK, tokenizer, shard=0, shards=1
-        )
+        return pipeline.train_iterator(source, data, _CHUNK, tokenizer, shard=0, shards=1)
 
     start = time.perf_counter()
     iterator = open_iterator()

@@ -144,7 +144,8 @@ def traffic(text: str) -> float:
 
     Every result of an instruction outside fusions is taken to be written once and read once, but
     for what the compiler keeps on the chip. Of an array that has an entry for each trip of the loop
-    around it, a trip writes that entry. Buffers that pieces of a collective hand on count each time.
+    around it, a trip writes that entry. Buffers that pieces of a collective hand on count each
+    time.
     """
     bodies, runs, trips = _program(text)
     fused = set(re.findall(r"calls=%?([\w.\-]+)", text)) | set(

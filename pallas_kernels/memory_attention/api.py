@@ -30,7 +30,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.memory_attention import pallas_tpu, pallas_triton, reference, xla
+from pallas_kernels.memory_attention import (
+    pallas_mosaic_gpu,
+    pallas_tpu,
+    pallas_triton,
+    reference,
+    xla,
+)
 from pallas_kernels.memory_attention.operands import (
     AttentionOutput,
     Eidetic,
@@ -71,6 +77,7 @@ IMPLEMENTATIONS = {
     "xla": functools.partial(_attend, xla),
     "pallas_triton": functools.partial(_attend, pallas_triton),
     "pallas_tpu": functools.partial(_attend, pallas_tpu),
+    "pallas_mosaic_gpu": functools.partial(_attend, pallas_mosaic_gpu),
 }
 
 

@@ -1,0 +1,293 @@
+"""The Mosaic GPU kernels of the memory attention by queries: forward, and backward for dq.
+
+A warpgroup holds 64 queries. Of each tile of keys it starts the logits' product, then the product
+of the tile before's weights with its values (or keys), and turns the logits into weights while the
+tensor cores are at work on the latter: FlashAttention-3's order (arXiv 2407.08608), here over
+bands, memories and their common softmax.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.memory_attention.mosaic_tiles import (
+    BLOCK,
+    BY_ROW,
+    FLOOR,
+    LAYOUT,
+    LN_2,
+    LOG2_E,
+    ROWS,
+    Plan,
+    Queries,
+    Refs,
+    Stream,
+    Walk,
+    accumulate,
+    along,
+    each_slot,
+    filled,
+    i32,
+    key_tiles,
+    multiply,
+    over_items,
+    products,
+    rem,
+    roles,
+    spans,
+    vector,
+)
+
+# Left sides of products that stay in registers where a tile has 64 keys; wider tiles leave no room,
+# nor do the two products of dq. Read from shared memory for every tile, a left side takes as much
+# of its bandwidth as a right side of 64 keys does, and both take all there is.
+HELD: Mapping[str, tuple[str, ...]] = {"forward": ("q",), "dq": ()}
+
+
+def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, workers: int, **sm: Any) -> None:
+    """o [B, L, H, K] and lse [B, H, L]."""
+    ref = dict(zip(names, refs, strict=True))
+    slots = {"q_free": plan.slots, "k_free": plan.stages, "v_free": plan.stages}
+
+    def load() -> None:
+        over_items(plan, Queries.total(plan), of_item, i32(0))
+        each_slot(plgpu.barrier_wait, sm, slots)
+
+    def of_item(n: Array, number: Array, step: Array) -> Array:
+        item, at = Queries(plan, number), rem(n, plan.slots)
+        plgpu.barrier_wait(sm["q_free"].at[at])
+        q = ref["q"].at[item.row, pl.ds(item.first, BLOCK), item.head]
+        plgpu.copy_gmem_to_smem(q, sm["q"].at[at], sm["q_full"].at[at])
+        tiles = key_tiles(plan, ref, item)
+        for span, tile in zip(spans(plan, item.first, BLOCK), tiles, strict=True):
+
+            def of_tile(t: Array, step: Array, tile: Any = tile) -> Array:
+                slot = rem(step, plan.stages)
+                for name, source in zip(("k", "v"), tile(t), strict=True):
+                    plgpu.barrier_wait(sm[f"{name}_free"].at[slot])
+                    full = sm[f"{name}_full"].at[slot]
+                    plgpu.copy_gmem_to_smem(source, sm[name].at[slot], full)
+                return step + 1
+
+            step = lax.fori_loop(span.begin, span.end, of_tile, step)
+        return step
+
+    def compute(worker: Array) -> None:
+        each_slot(plgpu.barrier_arrive, sm, slots)
+
+        def of_item(n: Array, number: Array, before: Array) -> Array:
+            return _forward(
+                ref, sm, plan, Queries(plan, number), rem(n, plan.slots), worker, before
+            )
+
+        over_items(plan, Queries.total(plan), of_item, i32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    roles(workers, load, compute)
+
+
+def _forward(
+    ref: Refs, sm: Refs, plan: Plan, item: Queries, at: Array, worker: Array, before: Array
+) -> Array:
+    """How many steps there were, after those of one item."""
+    dtype, staging = ref["q"].dtype, sm["staging"].at[worker] if "staging" in sm else None
+    first = item.first + worker * ROWS
+    rows = pl.ds(first, ROWS)
+    walk = Walk(plan, ref, item, first)
+    tile = sm["q"].at[at, pl.ds(worker * ROWS, ROWS)]
+    plgpu.barrier_wait(sm["q_full"].at[at])
+    (q,) = _held("forward", plan, staging, {"q": tile})
+
+    def slot_of(step: Array) -> Array:
+        return rem(before + step, plan.stages)
+
+    def skip(step: Array) -> None:
+        for name in ("k", "v"):
+            plgpu.barrier_wait(sm[f"{name}_full"].at[slot_of(step)])
+            plgpu.barrier_arrive(sm[f"{name}_free"].at[slot_of(step)])
+
+    def visit(stream: Stream, carry: Any) -> Any:
+        def weigh(t: Array, pending: Sequence[Any], state: Sequence[Array]) -> Any:
+            slot = slot_of(stream.step(t))
+            plgpu.barrier_wait(sm["k_full"].at[slot])
+
+            def update(values: Sequence[Array], state: Sequence[Array]) -> list[Array]:
+                plgpu.barrier_arrive(sm["k_free"].at[slot])
+                top, total = state[0], state[1]
+                s = walk.masked(stream, t, values[0])
+                new_top = jnp.maximum(top, s.max(axis=1) * plan.scale)
+                shrink = jnp.exp2(top - new_top)
+                p = jnp.exp2(s * plan.scale - along(new_top, s.shape, 0))
+                total = total * shrink + p.sum(axis=1)
+                new = lax.optimization_barrier((new_top, total, shrink, p))
+                # Awaiting memory here also keeps the compiler from awaiting the tensor cores
+                # before all this.
+                plgpu.barrier_wait(sm["v_full"].at[slot])
+                return list(new)
+
+            k = sm["k"].at[slot].transpose((1, 0))
+            return multiply([(q, k)], pending, update, state, staging)
+
+        def pending(t: Array, o: Array, p: Array) -> list[Any]:
+            return [(o, p.astype(dtype), sm["v"].at[slot_of(stream.step(t))])]
+
+        def let_go(t: Array) -> None:
+            plgpu.barrier_arrive(sm["v_free"].at[slot_of(stream.step(t))])
+
+        def later(t: Array, carry: Any) -> Any:
+            o, state = carry
+            (o,), state = weigh(t, pending(t - 1, o, state[3]), state)
+            let_go(t - 1)
+            return o * along(state[2], o.shape, 0), state
+
+        o, top, total = carry
+        begin, end = stream.seen.begin, stream.seen.end
+        _, state = weigh(begin, [], [top, total, total, filled(0, ROWS, plan.keys)])
+        o = o * along(state[2], o.shape, 0)
+        o, state = lax.fori_loop(begin + 1, end, later, (o, state))
+        (o,) = accumulate(pending(end - 1, o, state[3]), staging)
+        let_go(end - 1)
+        return o, state[0], state[1]
+
+    nothing = filled(0, ROWS, plan.K), filled(FLOOR, ROWS), filled(0, ROWS)
+    o, top, total = walk.over_streams(skip, visit, nothing)
+    tile[...] = (o * along(1 / total, o.shape, 0)).astype(dtype)
+    lse = sm["lse"].at[worker]
+    lse[...] = (top + jnp.log(total) * LOG2_E) * LN_2
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, ref["o"].at[item.row, rows, item.head])
+    plgpu.copy_smem_to_gmem(lse, ref["lse"].at[item.row, item.head, rows])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(sm["q_free"].at[at])
+    return before + walk.steps
+
+
+def queries_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, workers: int, **sm: Any) -> None:
+    """dq [B, L, H, K], from do and stats, lse / log 2 and delta, the sums of o do less the gradient
+    of lse.
+
+    p = exp(l - lse), dl = p (do v - delta), dq = scale dl k."""
+    ref = dict(zip(names, refs, strict=True))
+    slots = {"q_free": plan.slots, "k_free": plan.stages}
+
+    def load() -> None:
+        over_items(plan, Queries.total(plan), of_item, i32(0))
+        each_slot(plgpu.barrier_wait, sm, slots)
+
+    def of_item(n: Array, number: Array, step: Array) -> Array:
+        item, at = Queries(plan, number), rem(n, plan.slots)
+        plgpu.barrier_wait(sm["q_free"].at[at])
+        for name in ("q", "do"):
+            source = ref[name].at[item.row, pl.ds(item.first, BLOCK), item.head]
+            plgpu.copy_gmem_to_smem(source, sm[name].at[at], sm["q_full"].at[at])
+        tiles = key_tiles(plan, ref, item)
+        for span, tile in zip(spans(plan, item.first, BLOCK), tiles, strict=True):
+
+            def of_tile(t: Array, step: Array, tile: Any = tile) -> Array:
+                slot = rem(step, plan.stages)
+                plgpu.barrier_wait(sm["k_free"].at[slot])
+                for name, source in zip(("k", "v"), tile(t), strict=True):
+                    plgpu.copy_gmem_to_smem(source, sm[name].at[slot], sm["k_full"].at[slot])
+                return step + 1
+
+            step = lax.fori_loop(span.begin, span.end, of_tile, step)
+        return step
+
+    def compute(worker: Array) -> None:
+        each_slot(plgpu.barrier_arrive, sm, slots)
+
+        def of_item(n: Array, number: Array, before: Array) -> Array:
+            return _queries(
+                ref, sm, plan, Queries(plan, number), rem(n, plan.slots), worker, before
+            )
+
+        over_items(plan, Queries.total(plan), of_item, i32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    roles(workers, load, compute)
+
+
+def _queries(
+    ref: Refs, sm: Refs, plan: Plan, item: Queries, at: Array, worker: Array, before: Array
+) -> Array:
+    """How many steps there were, after those of one item."""
+    dtype, staging = ref["q"].dtype, sm["staging"].at[worker] if "staging" in sm else None
+    first = item.first + worker * ROWS
+    rows = pl.ds(first, ROWS)
+    walk = Walk(plan, ref, item, first)
+    lse, delta = (vector(ref["stats"].at[item.row, item.head, i, rows], BY_ROW) for i in (0, 1))
+    plgpu.barrier_wait(sm["q_full"].at[at])
+    own = {name: sm[name].at[at, pl.ds(worker * ROWS, ROWS)] for name in ("q", "do")}
+    q, do = _held("dq", plan, staging, own)
+
+    def slot_of(step: Array) -> Array:
+        return rem(before + step, plan.stages)
+
+    def skip(step: Array) -> None:
+        plgpu.barrier_wait(sm["k_full"].at[slot_of(step)])
+        plgpu.barrier_arrive(sm["k_free"].at[slot_of(step)])
+
+    def visit(stream: Stream, dq: Array) -> Array:
+        begin, end = stream.seen.begin, stream.seen.end
+
+        def slot(t: Array) -> Array:
+            return slot_of(stream.step(t))
+
+        def gradient(t: Array, s: Array, dp: Array) -> Array:
+            p = jnp.exp2(walk.masked(stream, t, s) * plan.scale - along(lse, s.shape, 0))
+            dl = lax.optimization_barrier(p * (dp - along(delta, s.shape, 0)))
+
+            # Awaiting memory here also keeps the compiler from awaiting the tensor cores before
+            # all this.
+            @pl.when(t + 1 < end)
+            def _next() -> None:
+                plgpu.barrier_wait(sm["k_full"].at[slot(t + 1)])
+
+            return dl
+
+        def pairs(t: Array) -> list[tuple[Any, Any]]:
+            transposed = [sm[name].at[slot(t)].transpose((1, 0)) for name in ("k", "v")]
+            return list(zip((q, do), transposed, strict=True))
+
+        def pending(t: Array, dq: Array, dl: Array) -> list[Any]:
+            return [(dq, dl.astype(dtype), sm["k"].at[slot(t)])]
+
+        def let_go(t: Array) -> None:
+            plgpu.barrier_arrive(sm["k_free"].at[slot(t)])
+
+        def later(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            def update(values: Sequence[Array], _: Sequence[Array]) -> list[Array]:
+                return [gradient(t, *values)]
+
+            dq, dl = carry
+            (dq,), (dl,) = multiply(pairs(t), pending(t - 1, dq, dl), update, [dl], staging)
+            let_go(t - 1)
+            return dq, dl
+
+        plgpu.barrier_wait(sm["k_full"].at[slot(begin)])
+        dl = gradient(begin, *products(pairs(begin)))
+        dq, dl = lax.fori_loop(begin + 1, end, later, (dq, dl))
+        (dq,) = accumulate(pending(end - 1, dq, dl), staging)
+        let_go(end - 1)
+        return dq
+
+    dq = walk.over_streams(skip, visit, filled(0, ROWS, plan.K))
+    own["q"][...] = (dq * (plan.scale * LN_2)).astype(dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(own["q"], ref["dq"].at[item.row, rows, item.head])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(sm["q_free"].at[at])
+    return before + walk.steps
+
+
+def _held(part: str, plan: Plan, staging: Any, tiles: Mapping[str, Any]) -> list[Any]:
+    """The tiles, or what is in them."""
+    names = HELD[part] if staging is None and plan.keys == ROWS else ()
+    return [
+        plgpu.load(tile, layout=LAYOUT) if name in names else tile for name, tile in tiles.items()
+    ]

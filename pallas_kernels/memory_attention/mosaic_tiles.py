@@ -1,0 +1,365 @@
+"""What the Mosaic GPU kernels of the memory attention share: tiles, who sees which, products.
+
+A block is a warpgroup that loads and `WORKERS` warpgroups that compute, each with `ROWS` rows of
+its own (queries, or keys in `mosaic_keys.py`); tiles of the other side go through shared memory in
+a ring that all of a block's warpgroups read. Blocks are persistent: each works on its share of the
+items (a tile of one head), and loads run ahead into the next item.
+
+Both streams of token keys are bands: query i sees key j where near <= i - j <= far (`mask.py`):
+
+    in-context   near = 0, far = W - 1          fading   near = W, far = W + F - 1
+
+A stream's tiles are walked in order, the memories first, then the fading keys, then the in-context
+ones. A warpgroup skips what only its neighbour sees, and masks only the tiles that a border cuts.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+Refs = Mapping[str, Any]
+LN_2, LOG2_E = math.log(2), math.log2(math.e)
+# Logits that are not seen, and the least that a row's maximum is taken to be. The difference is
+# such that the former's weight is 0 even if the multiply-add that makes its exponent is fused.
+LEAST, FLOOR = -1e30, -1e20
+# Of a warpgroup's tile, and the warpgroups that compute in a block of the kernels by queries.
+ROWS, WORKERS = 64, 2
+BLOCK = ROWS * WORKERS
+# Registers per thread of the warpgroup that loads and of the two that compute. Together with
+# 128 threads each that makes 64512 of the 65536 registers.
+LOADING_REGISTERS, COMPUTING_REGISTERS = 40, 232
+LAYOUT = plgpu.Layout.WGMMA
+BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Static sizes: L tokens, padded to `length`; rows of the batch; query heads of width K,
+    `group` to a key/value head, `summed` of them in what one item makes of its gradient; keys of
+    a tile; tiles in a ring (`stages`); items whose own tiles are held at a time (`slots`); M slots
+    of a memory, of one of `chunks` chunks of `chunk` tokens; factor on the logits in units of
+    log 2; near and far of each band, by the prefix of its arrays' names; blocks that run at a
+    time."""
+
+    L: int
+    length: int
+    batch: int
+    heads: int
+    group: int
+    summed: int
+    K: int
+    keys: int
+    stages: int
+    slots: int
+    M: int
+    chunk: int
+    chunks: int
+    scale: float
+    bands: Mapping[str, tuple[int, int]]
+    processors: int
+
+    @property
+    def tiles(self) -> int:
+        return self.length // BLOCK
+
+
+def i32(x: int) -> Array:
+    return jnp.int32(x)
+
+
+def div(x: Array, n: int) -> Array:
+    """x // n of no negative x."""
+    return lax.div(x, i32(n))
+
+
+def rem(x: Array, n: int) -> Array:
+    return lax.rem(x, i32(n))
+
+
+def iota(shape: tuple[int, ...], axis: int) -> Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT)
+
+
+def along(v: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """v, repeated over the other axis."""
+    return lax.broadcast_in_dim(v, shape, [axis])
+
+
+def within(first: Array, last: Array, axis: int, s: Array) -> Array:
+    """s, or `LEAST` where first + the index of `axis` - that of the other is not in 0 to `last`."""
+    place = iota(s.shape, axis) - iota(s.shape, 1 - axis) + first
+    # One comparison for both ends.
+    return jnp.where(place.astype(jnp.uint32) <= last.astype(jnp.uint32), s, LEAST)
+
+
+def filled(value: float, *shape: int) -> Array:
+    """A tile, or a number for each of its rows."""
+    layout = BY_ROW if len(shape) == 1 else LAYOUT
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def vector(ref: Any, layout: Any) -> Array:
+    """Of device memory."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def products(pairs: Sequence[tuple[Any, Any]]) -> list[Array]:
+    """a b of each pair."""
+
+    def body(*refs: Any) -> list[Array]:
+        for ref, (a, b) in zip(refs, pairs, strict=True):
+            plgpu.wgmma(ref, a, b)
+        return [ref[...] for ref in refs]
+
+    shapes = [plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs]
+    return pl.run_scoped(body, *shapes)
+
+
+def multiply(
+    fresh: Sequence[tuple[Any, Any]],
+    pending: Sequence[tuple[Array, Array, Any]],
+    update: Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]],
+    state: Sequence[Array],
+    staging: Any,
+) -> tuple[Sequence[Array], Sequence[Array]]:
+    """(acc + a b of each of `pending`, update(a b of each of `fresh`, state)).
+
+    `update` runs while the tensor cores are at work on `pending`. What it makes must be float32:
+    were it to write registers that a later product reads as its left side, the compiler would
+    serialise all products. `staging` is None, or, for an interpreter that multiplies only what is
+    in shared memory, room for a left side."""
+    if staging is not None:
+        state = update(products(fresh) if fresh else [], state)
+        return [acc + _staged(a, b, staging) for acc, a, b in pending], state
+
+    def body(refs: Any) -> None:
+        sums, results, kept = refs
+        for ref, (a, b) in zip(results, fresh, strict=True):
+            plgpu.wgmma(ref, a, b)
+        for ref, (_, a, b) in zip(sums, pending, strict=True):
+            plgpu.wgmma(ref, a, b)
+        values = [plgpu.wgmma_accumulator_load(ref, wait_n=len(pending)) for ref in results]
+        old = [ref[...] for ref in kept]
+        for ref, value in zip(kept, update(values, old), strict=True):
+            ref[...] = value
+
+    zeros = [filled(0, a.shape[0], b.shape[1]) for a, b in fresh]
+    init = (
+        [plgpu.ACC.init(acc) for acc, _, _ in pending],
+        [plgpu.ACC.init(zero) for zero in zeros],
+        list(state),
+    )
+    sums, _, state = cast(Any, pl.run_state(body)(init))
+    return sums, state
+
+
+def _staged(a: Array, b: Any, staging: Any) -> Array:
+    tile = staging.at[:, pl.ds(0, a.shape[1])]
+    tile[...] = a
+    plgpu.commit_smem()
+    return products([(tile, b)])[0]
+
+
+def accumulate(pending: Sequence[tuple[Array, Array, Any]], staging: Any) -> Sequence[Array]:
+    """acc + a b of each."""
+    return multiply([], pending, lambda values, state: state, [], staging)[0]
+
+
+def roles(workers: int, load: Callable[[], None], compute: Callable[[Array], None]) -> None:
+    """load() in one warpgroup, compute(which) in the others."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == workers)
+    def _load() -> None:
+        if workers == WORKERS:
+            plgpu.set_max_registers(LOADING_REGISTERS, action="decrease")
+        load()
+
+    @pl.when(warpgroup < workers)
+    def _compute() -> None:
+        if workers == WORKERS:
+            plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
+        compute(warpgroup)
+
+
+def each_slot(act: Callable[[Any], None], sm: Refs, slots: Mapping[str, int]) -> None:
+    """`act` on every barrier: to let go of all slots at first, to await that at the end."""
+    for name, count in slots.items():
+        for slot in range(count):
+            act(sm[name].at[slot])
+
+
+def over_items(plan: Plan, total: int, body: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
+    """carry after body(how many before it, item, carry) of each item of this block."""
+    mine = lax.axis_index("block")
+    count = div(total - mine + plan.processors - 1, plan.processors)
+    return lax.fori_loop(
+        0, count, lambda n, carry: body(n, mine + n * plan.processors, carry), carry
+    )
+
+
+class Queries:
+    """What a block of a kernel by queries works on: a tile of queries of one head."""
+
+    def __init__(self, plan: Plan, number: Array):
+        self.head = rem(number, plan.heads)
+        rest = div(number, plan.heads)
+        # Those at the start of a sequence see less: they come last and fill the gaps.
+        self.first = (plan.tiles - 1 - rem(rest, plan.tiles)) * BLOCK
+        self.row = div(rest, plan.tiles)
+        self.key_head = div(self.head, plan.group)
+
+    @staticmethod
+    def total(plan: Plan) -> int:
+        return plan.tiles * plan.heads * plan.batch
+
+
+class Span(NamedTuple):
+    """Tiles of one stream that are seen, and those of them that no border cuts."""
+
+    begin: Array
+    inner_begin: Array
+    inner_end: Array
+    end: Array
+
+    @property
+    def size(self) -> Array:
+        return self.end - self.begin
+
+
+def spans(plan: Plan, first: Array, size: int) -> list[Span]:
+    """Of each stream, what positions `first` to first + size - 1 see."""
+    n, last, found = plan.keys, first + size - 1, []
+    if plan.M:
+        per_chunk = plan.M // n
+        z, z_last = (div(jnp.minimum(t, plan.L - 1), plan.chunk) for t in (first, last))
+        begin, end = z * per_chunk, (z_last + 1) * per_chunk
+        found.append(Span(begin, begin, begin, end))
+    for near, far in plan.bands.values():
+        begin = div(jnp.maximum(first - far, 0), n)
+        end = jnp.where(last < near, begin, div(jnp.maximum(last - near, 0), n) + 1)
+        inner = jnp.clip(div(jnp.maximum(last - far, 0) + n - 1, n), begin, end)
+        inner_end = jnp.clip(div(jnp.maximum(first - near + 1, 0), n), inner, end)
+        found.append(Span(begin, inner, inner_end, end))
+    return found
+
+
+def key_tiles(plan: Plan, ref: Refs, item: Queries) -> Sequence[Callable[[Array], tuple[Any, Any]]]:
+    """Of each stream, keys and values of the tile of a given number."""
+    n = plan.keys
+
+    def memory(t: Array) -> tuple[Any, Any]:
+        per_chunk = plan.M // n
+        slots = pl.ds(rem(t, per_chunk) * n, n)
+        at = (item.row, div(t, per_chunk), slots, item.key_head)
+        return ref["memory_k"].at[at], ref["memory_v"].at[at]
+
+    def band(name: str, t: Array) -> tuple[Any, Any]:
+        at = (item.row, pl.ds(t * n, n), item.key_head)
+        return ref[f"{name}k"].at[at], ref[f"{name}v"].at[at]
+
+    return [memory] * bool(plan.M) + [functools.partial(band, name) for name in plan.bands]
+
+
+class Stream(NamedTuple):
+    """Where one stream's tiles start among an item's steps, which of them a block loads and one of
+    its warpgroups sees; near and far of a band; whether it is the memories."""
+
+    start: Array
+    loaded: Span
+    seen: Span
+    near: Array
+    far: Array
+    memory: Array
+
+    def step(self, t: Array) -> Array:
+        return self.start + t - self.loaded.begin
+
+
+class Walk:
+    """How a warpgroup's queries go through the tiles of keys that its block loads."""
+
+    def __init__(self, plan: Plan, ref: Refs, item: Queries, first: Array):
+        self.plan, self.ref, self.item, self.first = plan, ref, item, first
+        self.loaded, self.seen = spans(plan, item.first, BLOCK), spans(plan, first, ROWS)
+        self.steps = sum((s.size for s in self.loaded), start=i32(0))
+
+    def over_streams(
+        self, skip: Callable[[Array], None], visit: Callable[[Stream, Any], Any], carry: Any
+    ) -> Any:
+        """carry after visit(stream, carry) of each stream of which a tile is seen.
+
+        skip(step) is called for every tile that is loaded but not seen."""
+        bands = [(0, 0)] * bool(self.plan.M) + list(self.plan.bands.values())
+        streams, start = [], i32(0)
+        for loaded, seen, band in zip(self.loaded, self.seen, bands, strict=True):
+            near, far = map(i32, band)
+            memory = i32(1 if self.plan.M and not streams else 0)
+            streams.append(Stream(start, loaded, seen, near, far, memory))
+            start += loaded.size
+
+        def of_stream(n: Array, carry: Any) -> Any:
+            def choose(*values: Array) -> Array:
+                chosen = values[0]
+                for i, value in enumerate(values[1:], start=1):
+                    chosen = jnp.where(n == i, value, chosen)
+                return chosen
+
+            stream = jax.tree.map(choose, *streams)
+
+            def skips(begin: Array, end: Array) -> None:
+                lax.fori_loop(begin, end, lambda t, _: skip(stream.step(t)), None)
+
+            skips(stream.loaded.begin, stream.seen.begin)
+            times = jnp.minimum(stream.seen.size, 1)
+            carry = lax.fori_loop(0, times, lambda _, carry: visit(stream, carry), carry)
+            skips(stream.seen.end, stream.loaded.end)
+            return carry
+
+        return lax.fori_loop(0, len(streams), of_stream, carry)
+
+    def masked(self, stream: Stream, t: Array, s: Array) -> Array:
+        """Logits / scale [queries, keys of tile t] with `LEAST` where not seen."""
+        whole = functools.partial(self._one_document, t)
+        kinds = [whole, lambda s: whole(self._band(stream, t, s))]
+        if self.plan.M:
+            kinds.append(functools.partial(self._memory, t))
+        inside = (t >= stream.seen.inner_begin) & (t < stream.seen.inner_end)
+        return lax.switch(jnp.where(stream.memory > 0, 2, jnp.where(inside, 0, 1)), kinds, s)
+
+    def _one_document(self, t: Array, s: Array) -> Array:
+        if "segments" not in self.ref:
+            return s
+        n, segments = self.plan.keys, self.ref["segments"]
+        mine = vector(segments.at[self.item.row, pl.ds(self.first, ROWS)], BY_ROW)
+        theirs = vector(segments.at[self.item.row, pl.ds(t * n, n)], BY_COLUMN)
+        same = along(mine, s.shape, 0) == along(theirs, s.shape, 1)
+        return jnp.where(same, s, LEAST)
+
+    def _band(self, stream: Stream, t: Array, s: Array) -> Array:
+        over = self.first - t * self.plan.keys - stream.near
+        return within(over, stream.far - stream.near, 0, s)
+
+    def _memory(self, t: Array, s: Array) -> Array:
+        plan, ref, item = self.plan, self.ref, self.item
+        per_chunk = plan.M // plan.keys
+        z = div(t, per_chunk)
+        slots = pl.ds(rem(t, per_chunk) * plan.keys, plan.keys)
+        head = item.head if ref["bias"].shape[2] > 1 else item.head * 0
+        s = s + along(vector(ref["bias"].at[item.row, z, head, slots], BY_COLUMN), s.shape, 1)
+        if plan.chunk % ROWS:
+            place = iota(s.shape, 0) + (self.first - z * plan.chunk)
+            s = jnp.where((place >= 0) & (place < plan.chunk), s, LEAST)
+        if "reads" in ref:
+            reads = vector(ref["reads"].at[item.row, pl.ds(self.first, ROWS)], BY_ROW)
+            s = jnp.where(along(reads, s.shape, 0) > 0, s, LEAST)
+        return s

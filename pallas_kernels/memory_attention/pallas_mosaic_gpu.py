@@ -1,0 +1,370 @@
+"""Attention over three memories for NVIDIA's Hopper: Pallas lowered to Mosaic GPU (wgmma, TMA).
+
+One pass over the keys that a tile of queries sees, in-context, fading and eidetic, under one online
+softmax; backward two passes, one by queries (dq) and one by keys (dk and dv: both bands in one
+kernel, the memories in another), which recompute the weights from lse. No atomics: results do not
+depend on the order of blocks. Cost O(L (W + F + M)), memory O(L) beyond inputs and outputs. Nothing
+is copied unless L is no multiple of 128 or M none of 64: then tokens or slots are padded.
+
+Documents are told apart by comparing ids on every tile; a document's end skips none.
+
+bfloat16 products with float32 accumulation; softmax, lse and sums in float32.
+
+Reckoning, K = 128, W = F = 512, M = 64, on an H100 at 1.755 GHz (4096 operations a clock and
+multiprocessor: 949 TFLOP/s). A warpgroup's tile is 64 x 64, so that a query's 1088 visible keys
+cost 19 tiles, 1216 keys: 0.895 of the work is useful, backward 5/7 of that, since S and dP are
+computed twice. Sums of dq over the blocks of keys instead would cost 10 float32 copies of dq
+(0.45 ms at 8192 tokens, as long as everything else), or 2 of them with 8 blocks of keys walked by
+one program, which leaves too few programs at 2048 tokens; gradients of logits in memory would take
+0.35 GB at 8192 tokens.
+
+Per tile of a warpgroup, of which two compute at a time and share the tensor cores:
+
+|                          | forward | dq   | dk, dv |
+|--------------------------|---------|------|--------|
+| products                 | 2       | 3    | 4      |
+| clocks of tensor cores   | 512     | 768  | 1024   |
+| instructions issued      | 370     | 290  | 320    |
+| of those exp2            | 33      | 32   | 32     |
+| shared memory, KiB read  | 32      | 80   | 96     |
+| accumulators, registers  | 64      | 64   | 128    |
+| the block's memory, KiB  | 195     | 224  | 226    |
+
+The two warpgroups' instructions, exponentials (8 clocks a warp) and reads (128 bytes a clock) each
+take less than their products do, so the tensor cores are what binds, dq's reads (0.98 of their
+time with the loads) next. If the tensor cores are busy for a share u of the time, that makes
+849 u useful TFLOP/s forward and 607 u backward. At K = 64 clocks of tensor cores halve and those of
+exponentials do not: forward they take as long as the products.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels import dispatch
+from pallas_kernels.blocks import choose
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.memory_attention.mosaic_kernels import forward_kernel, queries_kernel
+from pallas_kernels.memory_attention.mosaic_keys import Keys, keys_kernel
+from pallas_kernels.memory_attention.mosaic_tiles import (
+    BLOCK,
+    LEAST,
+    LOG2_E,
+    ROWS,
+    WORKERS,
+    Plan,
+    Queries,
+)
+from pallas_kernels.memory_attention.operands import (
+    AttentionOutput,
+    Eidetic,
+    Fading,
+    Operands,
+    Spec,
+)
+
+OP = "memory_attention/pallas_mosaic_gpu"
+_WIDTHS = (64, 128)
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+# Multiprocessors of an H100 SXM or H200: as many blocks run at a time.
+_PROCESSORS = 132
+# Interpreted, fewer, so that each has several items.
+_INTERPRETED_PROCESSORS = 2
+# Of the forward pass, of dq and of dk and dv ("dkv"): keys of a tile, tiles in the ring of loads,
+# and items whose own tiles are held at a time.
+TUNABLE: Mapping[str, tuple[int, ...]] = {
+    "forward_keys": (64, 128),
+    "forward_stages": (2, 3, 4, 5, 6, 8),
+    "forward_slots": (1, 2),
+    "dq_keys": (64, 128),
+    "dq_stages": (3, 4, 6),
+    "dq_slots": (1, 2),
+    "dkv_stages": (2, 3, 4, 6),
+    "dkv_slots": (1, 2),
+}
+# dq holds the tile before, works on one and awaits the next.
+_LEAST_STAGES = {"forward_stages": 2, "dq_stages": 3, "dkv_stages": 1}
+_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def forward(operands: Operands, spec: Spec) -> AttentionOutput:
+    x = operands
+    _check(x, spec)
+    sizes = _sizes(x, spec)
+    plan = _plan(x, spec, sizes, "forward")
+    inputs = _inputs(x, spec, plan)
+    tile = _Tiles(plan, x.q_BLHK.dtype)
+    scratch = {
+        "q": tile(plan.slots, BLOCK),
+        "k": tile(plan.stages, plan.keys),
+        "v": tile(plan.stages, plan.keys),
+        "lse": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
+        "q_full": plgpu.Barrier(num_barriers=plan.slots),
+        "k_full": plgpu.Barrier(num_barriers=plan.stages),
+        "v_full": plgpu.Barrier(num_barriers=plan.stages),
+        "q_free": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=WORKERS),
+        "k_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=WORKERS),
+        "v_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=WORKERS),
+    }
+    outputs = {
+        "o": _like(inputs["q"]),
+        "lse": jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.length), jnp.float32),
+    }
+    out = _call(forward_kernel, inputs, outputs, scratch, plan, Queries.total(plan))
+    L = plan.L
+    return AttentionOutput(out["o"][:, :L], out["lse"][:, :, :L].swapaxes(1, 2))
+
+
+def backward(
+    operands: Operands, spec: Spec, out: AttentionOutput, d_out: AttentionOutput
+) -> Operands:
+    x = operands
+    L = x.q_BLHK.shape[1]
+    sizes = _sizes(x, spec)
+    plan = _plan(x, spec, sizes, "dq")
+    o, do = out.o_BLHK.astype(jnp.float32), d_out.o_BLHK.astype(jnp.float32)
+    # The barrier keeps XLA from summing in the loop that transposes, one thread to a sum.
+    delta_BLH = jax.lax.optimization_barrier((o * do).sum(-1)) - d_out.lse_BLH
+    stats = jnp.stack([out.lse_BLH * LOG2_E, delta_BLH]).transpose(1, 3, 0, 2)
+    inputs = _inputs(x, spec, plan) | {
+        "do": _longer(d_out.o_BLHK.astype(x.q_BLHK.dtype), plan.length, axis=1),
+        "stats": _longer(stats, plan.length, axis=3),
+    }
+    tile = _Tiles(plan, x.q_BLHK.dtype)
+    scratch = {
+        "q": tile(plan.slots, BLOCK),
+        "do": tile(plan.slots, BLOCK),
+        "k": tile(plan.stages, plan.keys),
+        "v": tile(plan.stages, plan.keys),
+        "q_full": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=2),
+        "k_full": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=2),
+        "q_free": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=WORKERS),
+        "k_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=WORKERS),
+    }
+    outputs = {"dq": _like(inputs["q"])}
+    d = _call(queries_kernel, inputs, outputs, scratch, plan, Queries.total(plan))
+
+    by_keys = _plan(x, spec, sizes, "dkv")
+    inputs |= _memories(x, spec, by_keys)
+    d |= _by_keys(inputs, by_keys, memory=False)
+    fading = eidetic = None
+    if x.fading is not None:
+        fading = Fading(d["dfading_k"][:, :L], d["dfading_v"][:, :L])
+    if x.eidetic is not None:
+        M, bias = x.eidetic.k_BZMGK.shape[2], x.eidetic.bias_BZHM
+        d |= _by_keys(inputs, by_keys, memory=True)
+        eidetic = Eidetic(
+            d["dmemory_k"][:, :, :M],
+            d["dmemory_v"][:, :, :M],
+            cast(Array, None),
+            None if bias is None else d["dbias"][..., :M].astype(bias.dtype),
+        )
+    return Operands(d["dq"][:, :L], d["dk"][:, :L], d["dv"][:, :L], fading, eidetic, None)
+
+
+def _by_keys(inputs: Mapping[str, Array], plan: Plan, *, memory: bool) -> dict[str, Array]:
+    """Gradients of the keys and values of the bands, or of the memories."""
+    # A block of one warpgroup that computes where a memory is too small for two.
+    workers = 1 if memory and plan.M % BLOCK else WORKERS
+    items = Keys.total(plan, workers=workers, memory=memory)
+    if memory:  # dbias takes room, and a memory's queries are few
+        plan = dataclasses.replace(plan, stages=min(plan.stages, 2))
+    # The few memories of a short sequence are too little work for all: then by query heads.
+    if memory and items < plan.processors:
+        plan = dataclasses.replace(plan, summed=1)
+    streams = [f"{s}{name}" for s in (["memory_"] if memory else plan.bands) for name in "kv"]
+    read = ["q", "do", "stats", "segments", *streams, *(["bias", "reads"] if memory else [])]
+    inputs = {name: v for name, v in inputs.items() if name in read}
+    tile = _Tiles(plan, inputs["q"].dtype)
+    scratch: dict[str, Any] = {
+        "k": tile(plan.slots, workers * ROWS),
+        "v": tile(plan.slots, workers * ROWS),
+        "q": tile(plan.stages, ROWS),
+        "do": tile(plan.stages, ROWS),
+        "stats": plgpu.SMEM((plan.stages, 2, ROWS), jnp.float32),
+        "k_full": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=2),
+        "q_full": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=3),
+        "k_free": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=workers),
+        "q_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=workers),
+    }
+    outputs = {f"d{name}": _like(inputs[name]) for name in streams}
+    if plan.summed < plan.group:
+        outputs = {name: _of_heads(v, plan.heads) for name, v in outputs.items()}
+    if memory:
+        scratch["dbias"] = plgpu.SMEM((workers, ROWS), jnp.float32)
+        size = (plan.batch, plan.chunks, plan.heads, plan.M)
+        outputs["dbias"] = jax.ShapeDtypeStruct(size, jnp.float32)
+    total = Keys.total(plan, workers=workers, memory=memory)
+    d = _call(keys_kernel, inputs, outputs, scratch, plan, total, workers=workers, memory=memory)
+    if plan.summed < plan.group:
+        for name in (f"d{name}" for name in streams):
+            parts = d[name].reshape(*d[name].shape[:-2], -1, plan.group, plan.K)
+            d[name] = parts.astype(jnp.float32).sum(-2).astype(parts.dtype)
+    return d
+
+
+def _check(x: Operands, spec: Spec) -> None:
+    if not dispatch.interpreted("gpu"):
+        kind = dispatch.device_kind()
+        if not any(name in kind for name in _HOPPER):
+            raise Unsupported(f"it is written for NVIDIA's Hopper, and this is {kind}")
+    if x.q_BLHK.dtype != jnp.bfloat16:
+        raise Unsupported(f"q.dtype={x.q_BLHK.dtype.name} must be bfloat16")
+    K = x.q_BLHK.shape[3]
+    if K not in _WIDTHS:
+        raise Unsupported(f"{K=} must be one of {_WIDTHS}")
+    if spec.scale <= 0:
+        raise Unsupported(f"scale={spec.scale} must be positive")
+
+
+def _sizes(x: Operands, spec: Spec) -> dict[str, int]:
+    B, L, H, K = x.q_BLHK.shape
+    M = 0 if x.eidetic is None else x.eidetic.k_BZMGK.shape[2]
+    wide = K > 64
+    sizes = choose(
+        OP,
+        shape={
+            "B": B, "L": L, "H": H, "G": x.k_BLGK.shape[2], "K": K,
+            "W": spec.window, "F": spec.fading_window, "M": M, "C": spec.chunk,
+        },
+        dtype=x.q_BLHK.dtype,
+        heuristic={
+            "forward_keys": 64,
+            "forward_stages": 4 if wide else 6,
+            "forward_slots": 2,
+            "dq_keys": 64,
+            "dq_stages": 3 if wide else 6,
+            "dq_slots": 2,
+            "dkv_stages": 3 if wide else 6,
+            "dkv_slots": 2,
+        },
+        override=dict(spec.blocks),
+    )  # fmt: skip
+    for name, size in sizes.items():
+        if name.endswith("keys") and size not in TUNABLE[name]:
+            raise ValueError(f"{OP}: blocks[{name!r}]={size} must be one of {TUNABLE[name]}")
+        if size < _LEAST_STAGES.get(name, 1):
+            least = _LEAST_STAGES[name]
+            raise ValueError(f"{OP}: blocks[{name!r}]={size} must be at least {least}")
+    return sizes
+
+
+def _plan(x: Operands, spec: Spec, sizes: Mapping[str, int], part: str) -> Plan:
+    B, L, H, K = x.q_BLHK.shape
+    W, F = spec.window, spec.fading_window
+    M = 0 if x.eidetic is None else x.eidetic.k_BZMGK.shape[2]
+    keys = sizes.get(f"{part}_keys", ROWS)
+    fading = {"fading_": (W, W + F - 1)} if x.fading is not None else {}
+    return Plan(
+        L=L,
+        length=-(-L // BLOCK) * BLOCK,
+        batch=B,
+        heads=H,
+        group=H // x.k_BLGK.shape[2],
+        summed=H // x.k_BLGK.shape[2],
+        K=K,
+        keys=keys,
+        stages=sizes[f"{part}_stages"],
+        slots=sizes[f"{part}_slots"],
+        M=-(-M // keys) * keys,
+        chunk=spec.chunk,
+        chunks=-(-L // spec.chunk),
+        scale=spec.scale * LOG2_E,
+        bands=fading | {"": (0, W - 1)},
+        processors=_INTERPRETED_PROCESSORS if dispatch.interpreted("gpu") else _PROCESSORS,
+    )
+
+
+def _inputs(x: Operands, spec: Spec, plan: Plan) -> dict[str, Array]:
+    """What the kernels read, by name; tokens and slots padded to whole tiles."""
+    inputs = {"q": x.q_BLHK, "k": x.k_BLGK, "v": x.v_BLGK}
+    if x.fading is not None:
+        inputs |= {"fading_k": x.fading.k_BLGK, "fading_v": x.fading.v_BLGK}
+    if x.segment_ids_BL is not None:
+        inputs["segments"] = x.segment_ids_BL.astype(jnp.int32)
+        if x.eidetic is not None:
+            first = jnp.arange(plan.L) // spec.chunk * spec.chunk
+            owner = jnp.take(x.segment_ids_BL, first, axis=1)
+            inputs["reads"] = (x.segment_ids_BL == owner).astype(jnp.int32)
+    inputs = {name: _longer(v, plan.length, axis=1) for name, v in inputs.items()}
+    return inputs | _memories(x, spec, plan)
+
+
+def _memories(x: Operands, spec: Spec, plan: Plan) -> dict[str, Array]:
+    if x.eidetic is None:
+        return {}
+    bias_BZHM = x.eidetic.bias_BZHM
+    bias = 0.0 if bias_BZHM is None else bias_BZHM.astype(jnp.float32) / spec.scale
+    bias = jnp.where(x.eidetic.valid_BZM[:, :, None, :], bias, LEAST)
+    return {
+        "memory_k": _longer(x.eidetic.k_BZMGK, plan.M, axis=2),
+        "memory_v": _longer(x.eidetic.v_BZMGK, plan.M, axis=2),
+        "bias": _longer(bias, plan.M, axis=3, value=LEAST),
+    }
+
+
+def _longer(v: Array, size: int, *, axis: int, value: float = 0) -> Array:
+    more = [(0, size - v.shape[axis] if i == axis else 0) for i in range(v.ndim)]
+    return jnp.pad(v, more, constant_values=value) if size > v.shape[axis] else v
+
+
+def _like(v: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(v.shape, v.dtype)
+
+
+def _of_heads(v: jax.ShapeDtypeStruct, heads: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*v.shape[:-2], heads, v.shape[-1]), v.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """Shared memory for tiles [rows, K], several of them, as the tensor cores read them."""
+
+    plan: Plan
+    dtype: Any
+
+    def __call__(self, count: int, rows: int) -> Any:
+        return plgpu.SMEM((count, rows, self.plan.K), self.dtype, transforms=_TRANSFORMS)
+
+
+def _call(
+    kernel: Any,
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, jax.ShapeDtypeStruct],
+    scratch: dict[str, Any],
+    plan: Plan,
+    total: int,
+    *,
+    workers: int = WORKERS,
+    **options: bool,
+) -> dict[str, Array]:
+    interpret = None
+    if dispatch.interpreted("gpu"):
+        interpret = plgpu.InterpretGPUParams(detect_races=True)
+        size = (workers, ROWS, plan.keys)
+        scratch["staging"] = plgpu.SMEM(size, inputs["q"].dtype, transforms=_TRANSFORMS)
+    names = (*inputs, *outputs)
+
+    def body(*refs: Any, **shared: Any) -> None:
+        kernel(*refs, names=names, plan=plan, workers=workers, **options, **shared)
+
+    call = plgpu.kernel(
+        body,
+        out_type=tuple(outputs.values()),
+        scratch_types=scratch,
+        grid=(min(plan.processors, total),),
+        grid_names=("block",),
+        num_threads=workers + 1,
+        thread_name="warpgroup",
+        kernel_name=f"memory_attention_{kernel.__name__}",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    with jax.enable_x64(False):  # indices are 32 bit wide
+        results = call(*inputs.values())
+    return dict(zip(outputs, results, strict=True))
