@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from bmojo_jax import checkpoint, checks, closing, config, console, processes, sweep, trainer
+from bmojo_jax.data import pipeline
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The settings of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
@@ -39,7 +40,10 @@ def main(argv: list[str]) -> None:
         if settings.task.name != "none":
             return sweep.train(settings, _WORKDIR.value)
         outcome = trainer.train(settings, _WORKDIR.value)
-    except (checks.SettingsError, trainer.NonFiniteError, checkpoint.SaveError) as error:
+    except (
+        *(checks.SettingsError, trainer.NonFiniteError, checkpoint.SaveError),
+        pipeline.ReaderError,
+    ) as error:
         console.fail(error)
     closing.report(settings, outcome, pathlib.Path(_WORKDIR.value))
 

@@ -35,11 +35,23 @@ from bmojo_jax.data.mixing import MixRows, ShuffleRows
 from bmojo_jax.data.packing import left_out
 from bmojo_jax.data.tokenizers import Tokenizer
 
-__all__ = ["Batches", "fingerprint", "left_out", "train_iterator", "validation_batches"]
+__all__ = [
+    "Batches",
+    "ReaderError",
+    "fingerprint",
+    "left_out",
+    "train_iterator",
+    "validation_batches",
+]
 
 # Documents are whole files, possibly large: few are read ahead.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 _BATCHES_AHEAD = 4
+SLOW_S = 60.0  # after that long without a batch it is said
+
+
+class ReaderError(RuntimeError):
+    """A process that reads documents has ended."""
 
 
 def train_iterator(
@@ -121,6 +133,7 @@ class Batches:
                 f"data.shards={shards}: must be a multiple of the number of processes that read "
                 f"rows of their own, {readers}"
             )
+        self._data = data
         own = range(reader * shards // readers, (reader + 1) * shards // readers)
         with contextlib.ExitStack() as stack:
             self._iterators = {}
@@ -133,10 +146,42 @@ class Batches:
             self._stack = stack.pop_all()
 
     def __next__(self) -> dict[str, np.ndarray]:
-        parts = [next(iterator) for iterator in self._iterators.values()]
+        """Raises ReaderError if a reader process has ended."""
+        with self._told_if_slow():
+            try:
+                parts = [next(iterator) for iterator in self._iterators.values()]
+            except RuntimeError as error:
+                if not self._data.workers:
+                    raise
+                raise ReaderError(
+                    f"data.workers={self._data.workers}: a reader process has ended: {error}. "
+                    "The same command continues from the last checkpoint"
+                ) from error
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    @contextlib.contextmanager
+    def _told_if_slow(self) -> Iterator[None]:
+        """Warns, again and again, while a batch is waited for."""
+        here = threading.Event()
+
+        def tell() -> None:
+            waited = 0.0
+            while not here.wait(SLOW_S):
+                waited += SLOW_S
+                logging.warning(
+                    "no batch for %.0f s: shards %s of data.path=%r, data.workers=%d",
+                    *(waited, list(self._iterators), self._data.path, self._data.workers),
+                )
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            here.set()
+            thread.join()
 
     def get_state(self) -> dict[str, Any]:
         """Where each shard of this reader stands, by its number; JSON-able."""

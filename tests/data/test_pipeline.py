@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -274,6 +275,35 @@ def test_shards_may_be_read_by_any_number_of_readers(folder):
         readers(3)
 
 
+def test_slow_batches_are_told(folder, monkeypatch, caplog):
+    monkeypatch.setattr(pipeline, "SLOW_S", 0.05)
+    data = config(folder)
+    batches = pipeline.Batches(
+        sources.open_source(data, "train"),
+        data,
+        CHUNK,
+        ByteTokenizer(),
+        shards=1,
+        reader=0,
+        readers=1,
+    )
+
+    class Slow:
+        def __next__(self):
+            time.sleep(0.4)
+            return {}
+
+    batches._iterators[0] = Slow()
+    with caplog.at_level("WARNING"):
+        next(batches)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) >= 2
+    assert re.match(
+        r"no batch for 0 s: shards \[0\] of data\.path=.*, data\.workers=0", messages[0]
+    )
+    batches.close()
+
+
 def test_errors_name_the_setting(folder):
     with pytest.raises(ValueError, match=r"data\.batch_size=4: must be a multiple of shards=3"):
         train(config(folder), 0, 3)
@@ -441,6 +471,31 @@ def test_bad_documents_of_the_validation_split_are_told_once(rng, caplog):
     source.documents = [b"", BadDocument("x", "unreadable")]
     with pytest.raises(ValueError, match=r"must be some that can be used; left out: \{'empty': 1"):
         run()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("parsed_flags")
+def test_a_dead_reader_process_is_told(folder):
+    data = config(folder, workers=1)
+    before = set(multiprocessing.active_children())
+    batches = pipeline.Batches(
+        sources.open_source(data, "train"),
+        data,
+        CHUNK,
+        ByteTokenizer(),
+        shards=1,
+        reader=0,
+        readers=1,
+    )
+    next(batches)
+    (reader,) = set(multiprocessing.active_children()) - before
+    os.kill(reader.pid, signal.SIGKILL)
+    with pytest.raises(
+        pipeline.ReaderError, match=r"data\.workers=1: a reader .* code -9.*same com"
+    ):
+        for _ in range(50):
+            next(batches)
+    batches.close()
 
 
 @pytest.mark.slow
