@@ -11,8 +11,8 @@ same again, the other way):
     innovation      4 B D I                                         halo
     in-context      2 B (W - 1) G K I                               halo of keys and values
     fading          2 B (W + F - 1) G K I  and  4 B (W + F - 1)     likewise; documents
-    eidetic         B (W + C - 1) (2 G K I + 8)                     halo, with innovations, documents
-                    (n - 1) B M (2 G K I + 8)                       all-gather, with their times
+    eidetic         B (W + C - 1) (2 G K I + 8)                     halo; innovations, documents
+                    (n - 1) B M (2 G K I + 8)                       all-gather; with times
 
 A *halo* is the tokens before a piece, sent by the device (or, where pieces are shorter, the
 devices) before it. Full attention alone sends every key to every later device, B L G K.
