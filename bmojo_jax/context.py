@@ -94,7 +94,8 @@ def _scan_forward(
     scan: Callable[..., ScanOutput], floats: dict[str, jax.Array], reset_BL: jax.Array | None
 ) -> tuple[ScanOutput, Any]:
     a_EN = floats["a_EN"].astype(jnp.promote_types(floats["a_EN"].dtype, jnp.float32))
-    end_BEN = scan(**floats, reset_BL=reset_BL).h_BEN
+    ungated = {name: x for name, x in floats.items() if name != "z_BLE"}  # the state needs no gate
+    end_BEN = scan(**ungated, reset_BL=reset_BL).h_BEN
     dt_BE = _total_dt(floats["dt_BLE"], floats.get("dt_bias_E"), reset_BL).astype(end_BEN.dtype)
     summaries = lax.all_gather(jnp.concatenate([end_BEN, dt_BE[:, :, None]], axis=2), AXIS)
     ends_XBEN, dts_XBE = summaries[..., :-1], summaries[..., -1]
