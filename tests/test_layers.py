@@ -76,7 +76,7 @@ def test_projection_maps_heads(rng):
 
 def test_documents():
     documents = layers.packed_documents(jnp.asarray(packed_positions(6, (2, 3), ())))
-    np.testing.assert_array_equal(documents.segment_ids_BL, [[1, 1, 2, 3, 3, 3], [1] * 6])
+    np.testing.assert_array_equal(documents.segment_ids_BL, [[0, 0, 2, 3, 3, 3], [0] * 6])
     np.testing.assert_array_equal(documents.start_BL, [[0, 0, 2, 3, 3, 3], [0] * 6])
     np.testing.assert_array_equal(documents.reset_BL[0], [True, False, True, True, False, False])
     assert layers.one_document(2, 3).reset_BL is None
