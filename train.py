@@ -35,6 +35,12 @@ def main(argv: list[str]) -> None:
             raise ValueError("--coordinator, --num_processes and --process_id need --distributed")
     except (OSError, ValueError) as error:
         console.fail(error)
+    with processes.ending_the_others():
+        run(settings)
+
+
+def run(settings: config.TrainConfig) -> None:
+    """Trains; what is the user's to correct ends the program with a line."""
     logging.info("%d %s device(s)", jax.device_count(), jax.devices()[0].device_kind)
     try:
         if settings.task.name != "none":

@@ -17,8 +17,10 @@ The network's time takes half a device's bandwidth for what it receives, over al
 Nothing of it has been compared with a TPU.
 """
 
+import dataclasses
 import importlib.metadata
 import json
+import math
 import pathlib
 import sys
 import time
@@ -107,7 +109,10 @@ def report(config: TrainConfig, topology: str) -> dict[str, Any]:
     flops = metrics.flops_per_token(config.model, config.data.sequence_length) * tokens / mesh.size
     times = {
         "matrix products": flops / chip.peak,
-        "scan": _scan_cycles(config, tokens) / mesh.size / chip.cores / chip.clock,
+        "scan": _scan_cycles(config, tokens, mesh.shape["context"])
+        / mesh.size
+        / chip.cores
+        / chip.clock,
         "memory": hlo.traffic(text) / chip.bandwidth,
         "network": sum(exchanged.values()) / (chip.network / 2),
     }
@@ -138,7 +143,7 @@ def report(config: TrainConfig, topology: str) -> dict[str, Any]:
     }
 
 
-def _scan_cycles(config: TrainConfig, tokens: int) -> float:
+def _scan_cycles(config: TrainConfig, tokens: int, pieces: int) -> float:
     """Of all scans of a step, whatever the devices; what is recomputed counts."""
     model = config.model
     layers = model.num_groups * sum(
@@ -146,7 +151,7 @@ def _scan_cycles(config: TrainConfig, tokens: int) -> float:
     )
     # The kernel is no matrix product, so "dots" recomputes it too. A cut row takes two scans.
     forward = 1 if model.remat == "none" else 2
-    passes = 1 if config.mesh.context == 1 else 2
+    passes = 1 if pieces == 1 else 2
     bundles = SCAN_BUNDLES["forward"] * forward + SCAN_BUNDLES["backward"]
     return layers * passes * tokens * model.ssm_inner / 512 * bundles
 
@@ -185,17 +190,20 @@ def table(result: dict[str, Any]) -> str:
 def advice(config: TrainConfig, devices: int) -> list[str]:
     """What would take less memory, the cheapest first."""
     found = []
-    mesh = config.mesh
+    sizes = dataclasses.asdict(config.mesh)
+    free = devices // math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: free if size == -1 else size for axis, size in sizes.items()}
     rows = config.data.batch_size // config.optim.accumulate
-    cut = devices // mesh.context // mesh.tensor
-    if mesh.data != 1 and mesh.fsdp != -1:
+    cut = sizes["data"] * sizes["fsdp"]
+    if sizes["data"] > 1:
         found.append(f"mesh.data=1 mesh.fsdp={cut}: parameters and optimizer are cut over all")
     if rows > cut and rows % (2 * cut) == 0:
         found.append(f"optim.accumulate={2 * config.optim.accumulate}: half the rows at a time")
     if config.model.remat != "full":
         found.append('model.remat="full": saves a layer\'s input alone, and computes all again')
-    if config.data.sequence_length % (2 * mesh.context * config.model.chunk) == 0:
-        found.append(f"mesh.context={2 * mesh.context}: half of a row's tokens on a device")
+    pieces = 2 * sizes["context"]
+    if config.data.sequence_length % (pieces * config.model.chunk) == 0:
+        found.append(f"mesh.context={pieces}: half of a row's tokens on a device")
     if config.vocab_chunk > 2048:
         found.append("vocab_chunk=2048: fewer logits at a time")
     return [*found, "a larger topology"]

@@ -191,7 +191,11 @@ class Checkpoints:
     def place(self, step: int | None = None) -> DataState:
         """What `save` was given as `data_state`, with the `shards` of all processes."""
         places = map(json.loads, self._read_json(self.check_step(step), "data")["processes"])
-        place, *others = places
+        place, *others = (
+            # A process was a shard once.
+            p if "shards" in p or "iterator" not in p else p | {"shards": {str(i): p["iterator"]}}
+            for i, p in enumerate(places)
+        )
         for other in others:
             place["shards"] |= other["shards"]
         return place

@@ -54,7 +54,10 @@ def collectives(text: str) -> list[Collective]:
             alike = (kind, shapes, channel and channel[0], origin and origin[0])
             here[alike] += 1
             key = (*alike, here[alike])
-            received = _received(kind, _sizes(result, asynchronous=bool(start)), group)
+            sizes = _results(kind, result) if start else _sizes(result)
+            if "all-reduce-scatter" in name:  # so libtpu calls the sum of which a part is kept
+                kind, sizes = "reduce-scatter", [size / group for size in sizes]
+            received = _received(kind, sizes, group)
             found[key] = Collective(kind, received, runs[name])
     return list(found.values())
 
@@ -103,16 +106,23 @@ def _bound(bodies: dict[str, list[str]], condition: str) -> int:
     return max(numbers)
 
 
-def _sizes(result: str, *, asynchronous: bool) -> list[int]:
-    sizes = [
+def _sizes(result: str) -> list[float]:
+    return [
         _WIDTHS.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
     ]
-    # What is begun asynchronously gives its operand, its result and marks of its state.
-    return sizes[1:2] if asynchronous and len(sizes) > 1 else sizes
 
 
-def _received(kind: str, sizes: list[int], group: int) -> float:
+def _results(kind: str, result: str) -> list[float]:
+    """Of what is begun asynchronously, which gives its operands, its results, marks of its state.
+
+    A sum gives its results alone.
+    """
+    sizes = _sizes(re.sub(r"[su]32\[\]", "", result))
+    return sizes if kind == "all-reduce" or len(sizes) < 2 else sizes[len(sizes) // 2 :]
+
+
+def _received(kind: str, sizes: list[float], group: int) -> float:
     total = sum(sizes)
     match kind:
         case "all-gather" | "all-to-all":  # a device's own part comes from nowhere
@@ -162,5 +172,5 @@ def traffic(text: str) -> float:
             in_memory = re.sub(r"\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}", "", match[1])
             if trips[name] > 1:
                 in_memory = re.sub(rf"\[{trips[name]}\b", "[1", in_memory)
-            total += 2 * sum(_sizes(in_memory, asynchronous=False)) * runs[name]
+            total += 2 * sum(_sizes(in_memory)) * runs[name]
     return total

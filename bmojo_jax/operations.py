@@ -102,7 +102,8 @@ def causal_conv(
         "bias_E": bias_E,
         "positions_BL": positions_BL,
     }
-    if (pieces := _pieces(x_BLE.shape[1])) == 1:  # XLA cuts it, and fuses it with what is around
+    pieces = _pieces(x_BLE.shape[1])
+    if pieces == 1 or kernel_TE.shape[0] == 1:  # XLA cuts it, and fuses it with what is around
         return layers.causal_conv(**arrays)
 
     def operation(x_BLE: Array, kernel_TE: Array, **others: Array) -> tuple[Array]:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -14,9 +15,13 @@ from jax.experimental import multihost_utils
 
 # After that long without a sign of life JAX ends all the others, wherever they wait.
 _SILENCE_S = 30
+_SHUTDOWN_S = 30  # after that long JAX no longer waits for the others at the end
 _GONE = re.compile(
-    r"gloo|nccl|heartbeat|coordination|connection|UNAVAILABLE|DEADLINE_EXCEEDED", re.I
+    r"^(UNAVAILABLE|DEADLINE_EXCEEDED): |heartbeat timeout|connection (closed|reset)|"
+    r"(gloo|nccl)\b.*\bfailed\b.*(peer|timeout|socket|remote)|another task died",
+    re.I | re.M,
 )
+_OURS = re.compile(r"RESOURCE_EXHAUSTED|out of memory|CpuCallback", re.I)
 
 
 def connect(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -25,7 +30,13 @@ def connect(coordinator: str | None, count: int | None, index: int | None) -> No
     Raises:
       ValueError: it cannot be found out, or does not fit.
     """
-    jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=_SILENCE_S)
+    jax.distributed.initialize(
+        coordinator,
+        count,
+        index,
+        heartbeat_timeout_seconds=_SILENCE_S,
+        shutdown_timeout_seconds=_SHUTDOWN_S,
+    )
 
 
 @contextlib.contextmanager
@@ -36,19 +47,41 @@ def end_with_the_others(advice: str) -> Generator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not _GONE.search(str(error)):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX raises one or the other
+        if jax.process_count() == 1 or _OURS.search(str(error)) or not _GONE.search(str(error)):
             raise
-        reason = str(error).splitlines()[0]
         print(
-            f"\nanother process of this run has ended or cannot be reached, so process "
-            f"{jax.process_index()} of {jax.process_count()} ends too; what the other has printed "
-            f"says why. {advice}\n({reason})",
+            f"\nanother process of this run seems to have ended, so process {jax.process_index()} "
+            f"of {jax.process_count()} ends too; what the other has printed says why. {advice}\n"
+            f"({error})",
             file=sys.stderr,
             flush=True,
         )
-        sys.stdout.flush()
-        os._exit(1)
+        _end()
+
+
+@contextlib.contextmanager
+def ending_the_others() -> Generator[None]:
+    """Ends this process at once if an error leaves the block.
+
+    The usual way out waits for the others, which meanwhile wait for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, SystemExit):
+            print(error.code, file=sys.stderr)
+        else:
+            traceback.print_exc()
+        _end()
+
+
+def _end() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def gather(text: str) -> list[str]:

@@ -53,6 +53,38 @@ def test_collectives_of_a_text():
     ]
 
 
+@pytest.mark.parametrize(
+    ("instruction", "wanted"),
+    [
+        ("(f32[100], f32[200]) all-reduce-start(%a, %b)", ("all-reduce", 2 * 1200 * 3 / 4)),
+        (
+            "((f32[10], f32[20]), (f32[40], f32[80])) all-gather-start(%a, %b)",
+            ("all-gather", 480 * 3 / 4),
+        ),
+        ("(f32[8], f32[8], u32[], u32[]) collective-permute-start(%a)", ("collective-permute", 32)),
+    ],
+)
+def test_collectives_that_are_begun(instruction, wanted):
+    text = (
+        f"ENTRY %main (a: f32[8]) -> f32[8] {{\n  %x = {instruction}, replica_groups=[1,4]<=[4]\n}}"
+    )
+    assert hlo.collectives(text) == [hlo.Collective(*wanted, 1)]
+
+
+def test_a_sum_of_which_a_part_is_kept():
+    text = """
+%all-reduce-scatter.1 (x: f32[8,4]) -> f32[2,4] {
+  %ar = f32[8,4]{1,0} all-reduce(%x), channel_id=3, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %ds = f32[2,4]{1,0} dynamic-slice(%ar, %i, %j)
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[2,4] {
+  ROOT %r = f32[2,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert hlo.collectives(text) == [hlo.Collective("reduce-scatter", 8 * 4 * 4 * 3 / 4, 1)]
+
+
 def test_traffic_of_a_text():
     # What stays on the chip, S(1), tuples and what has only begun cost nothing.
     loop, condition = 8 * 4 * 4 + 9 * 4, 1

@@ -151,7 +151,7 @@ class Batches:
             try:
                 parts = [next(iterator) for iterator in self._iterators.values()]
             except RuntimeError as error:
-                if not self._data.workers:
+                if "terminated unexpectedly" not in str(error):  # what a reader itself has raised
                     raise
                 raise ReaderError(
                     f"data.workers={self._data.workers}: a reader process has ended: {error}. "
