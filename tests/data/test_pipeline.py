@@ -275,18 +275,15 @@ def test_shards_may_be_read_by_any_number_of_readers(folder):
         readers(3)
 
 
+def _of_one_reader(data):
+    source = sources.open_source(data, "train")
+    return pipeline.Batches(source, data, CHUNK, ByteTokenizer(), shards=1, reader=0, readers=1)
+
+
 def test_slow_batches_are_told(folder, monkeypatch, caplog):
     monkeypatch.setattr(pipeline, "SLOW_S", 0.05)
     data = config(folder)
-    batches = pipeline.Batches(
-        sources.open_source(data, "train"),
-        data,
-        CHUNK,
-        ByteTokenizer(),
-        shards=1,
-        reader=0,
-        readers=1,
-    )
+    batches = _of_one_reader(data)
 
     class Slow:
         def __next__(self):
@@ -478,15 +475,7 @@ def test_bad_documents_of_the_validation_split_are_told_once(rng, caplog):
 def test_a_dead_reader_process_is_told(folder):
     data = config(folder, workers=1)
     before = set(multiprocessing.active_children())
-    batches = pipeline.Batches(
-        sources.open_source(data, "train"),
-        data,
-        CHUNK,
-        ByteTokenizer(),
-        shards=1,
-        reader=0,
-        readers=1,
-    )
+    batches = _of_one_reader(data)
     next(batches)
     (reader,) = set(multiprocessing.active_children()) - before
     os.kill(reader.pid, signal.SIGKILL)
