@@ -19,7 +19,7 @@ from jax.sharding import AbstractDevice
 # Fastest first. "reference" is never chosen by itself: it is the definition, not a way to run.
 PREFERENCES: Mapping[str, tuple[str, ...]] = {
     "cpu": ("xla",),
-    "gpu": ("pallas_triton", "xla"),
+    "gpu": ("pallas_mosaic_gpu", "pallas_triton", "xla"),
     "tpu": ("pallas_tpu", "xla"),
 }
 

@@ -300,10 +300,12 @@ class Walk:
 
         skip(step) is called for every tile that is loaded but not seen."""
         bands = [(0, 0)] * bool(self.plan.M) + list(self.plan.bands.values())
-        streams, start = [], i32(0)
+        # Constants within a product's `update` do not lower: nothing that it reads is one.
+        streams, zero = [], 0 * self.first
+        start = zero
         for loaded, seen, band in zip(self.loaded, self.seen, bands, strict=True):
-            near, far = map(i32, band)
-            memory = i32(1 if self.plan.M and not streams else 0)
+            near, far = (zero + value for value in band)
+            memory = zero + (1 if self.plan.M and not streams else 0)
             streams.append(Stream(start, loaded, seen, near, far, memory))
             start += loaded.size
 

@@ -67,6 +67,7 @@ from pallas_kernels.memory_attention.operands import (
     Operands,
     Spec,
 )
+from pallas_kernels.memory_attention.triton_delta import delta
 
 OP = "memory_attention/pallas_mosaic_gpu"
 _WIDTHS = (64, 128)
@@ -127,10 +128,8 @@ def backward(
     L = x.q_BLHK.shape[1]
     sizes = _sizes(x, spec)
     plan = _plan(x, spec, sizes, "dq")
-    o, do = out.o_BLHK.astype(jnp.float32), d_out.o_BLHK.astype(jnp.float32)
-    # The barrier keeps XLA from summing in the loop that transposes, one thread to a sum.
-    delta_BLH = jax.lax.optimization_barrier((o * do).sum(-1)) - d_out.lse_BLH
-    stats = jnp.stack([out.lse_BLH * LOG2_E, delta_BLH]).transpose(1, 3, 0, 2)
+    lse_BHL = out.lse_BLH.swapaxes(1, 2) * LOG2_E
+    stats = jnp.stack([lse_BHL, delta(out.o_BLHK, d_out)], axis=2)
     inputs = _inputs(x, spec, plan) | {
         "do": _longer(d_out.o_BLHK.astype(x.q_BLHK.dtype), plan.length, axis=1),
         "stats": _longer(stats, plan.length, axis=3),
@@ -238,9 +237,9 @@ def _sizes(x: Operands, spec: Spec) -> dict[str, int]:
             "forward_stages": 4 if wide else 6,
             "forward_slots": 2,
             "dq_keys": 64,
-            "dq_stages": 3 if wide else 6,
-            "dq_slots": 2,
-            "dkv_stages": 3 if wide else 6,
+            "dq_stages": 4 if wide else 6,
+            "dq_slots": 1 if wide else 2,
+            "dkv_stages": 2 if wide else 4,
             "dkv_slots": 2,
         },
         override=dict(spec.blocks),

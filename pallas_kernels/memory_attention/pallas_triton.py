@@ -32,6 +32,7 @@ from pallas_kernels.memory_attention.operands import (
     Operands,
     Spec,
 )
+from pallas_kernels.memory_attention.triton_delta import delta
 from pallas_kernels.memory_attention.triton_kernels import (
     LEAST,
     LOG2_E,
@@ -82,12 +83,10 @@ def backward(
     L, H = x.q_BLHK.shape[1:3]
     G = x.k_BLGK.shape[2]
     sizes = _sizes(x, spec)
-    o, do = out.o_BLHK.astype(jnp.float32), d_out.o_BLHK.astype(jnp.float32)
-    delta_BLH = (o * do).sum(-1) - d_out.lse_BLH
     rows = {
         "do": _wide(d_out.o_BLHK.astype(x.q_BLHK.dtype)),
         "lse": out.lse_BLH.swapaxes(1, 2),
-        "delta": delta_BLH.swapaxes(1, 2),
+        "delta": delta(out.o_BLHK, d_out),
     }
     inputs = _inputs(x) | rows
     plan = _plan(x, spec, sizes, "dq")

@@ -70,8 +70,9 @@ _LARGEST_N, _LARGEST_ROW = 64, 2**31
 _FORWARD_WARPS, _BACKWARD_WARPS = 500, 1056
 # Segments are not shorter than these steps.
 _SHORTEST_SEGMENT = 256
-# Groups of a trip where only states are computed.
-_GROUPS_ALONE = 8
+# Where only states are computed: warps for all processors, the shortest part of a segment, groups
+# of a trip.
+_WARPS_ALONE, _SHORTEST_PART, _GROUPS_ALONE = 3000, 128, 8
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
 
@@ -137,39 +138,43 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     if segments > 1:
         inputs["dh_BEN"] = _adjoints_at_borders(inputs, plan, B)
     rows = B * segments
+    plan = dataclasses.replace(plan, chunk=chunk, rows=segments)
     programs = channels // (CHANNELS * warps)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     outputs = {
         "dx_BLE": jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.x_BLE.dtype),
         "ddt_BLE": jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.dt_BLE.dtype),
-        "da_BEN": f32((rows, channels, states)),
-        # One group more, of which nothing is meant.
-        "dbc": f32((programs, rows, plan.L // STEPS + 1, plan.sets, 128)),
+        "d_weights": f32((rows, channels, states + 2)),
+        # Of c and b; one group more, of which nothing is meant.
+        "dbc": jax.ShapeDtypeStruct(
+            (2, programs, rows, plan.L + STEPS, states),
+            jnp.float32 if plan.lanes.exact else jnp.bfloat16,
+        ),
         "shares": f32((rows, programs, 2, plan.sets, plan.lanes.warps, 128)),
-        "dd_and_ddt_bias": f32((2, rows, channels, 4)),
-        "dh0_BEN": f32((rows, channels, states)),
+        "dh0_BEN": f32((B, channels, states)),
         "kept": f32((rows, programs, chunk // STEPS, plan.sets, plan.lanes.width, 4)),
     }
     if operands.z_BLE is not None:
         outputs["dz_BLE"] = jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.z_BLE.dtype)
-    out = _call(backward_kernel, inputs, outputs, dataclasses.replace(plan, chunk=chunk))
+    out = _call(backward_kernel, inputs, outputs, plan, grid=(B, segments))
 
     def whole(v: Array) -> Array:
         return v.reshape(B, steps, *v.shape[2:])[:, :L]
 
-    db_BLN, dc_BLN = _sums_in_order(out["dbc"])
-    dd_E, ddt_bias_E = out["dd_and_ddt_bias"].sum((1, 3))
+    # Each sum by itself, as XLA would copy slices of their common sum.
+    dc_BLN, db_BLN = (v[:, :, : plan.L].astype(jnp.float32).sum(0) for v in out["dbc"])
+    d_weights = out["d_weights"].sum(0)[:E]
     gradients = Operands(
         x_BLE=whole(out["dx_BLE"])[:, :, :E],
         dt_BLE=whole(out["ddt_BLE"])[:, :, :E],
-        a_EN=out["da_BEN"].sum(0)[:E, :N],
+        a_EN=d_weights[:, :N],
         b_BLN=whole(db_BLN)[:, :, :N],
         c_BLN=whole(dc_BLN)[:, :, :N],
-        d_E=dd_E[:E],
+        d_E=d_weights[:, states],
         z_BLE=None if operands.z_BLE is None else whole(out["dz_BLE"])[:, :, :E],
-        dt_bias_E=ddt_bias_E[:E],
+        dt_bias_E=d_weights[:, states + 1],
         reset_BL=None,
-        h0_BEN=_by_segment(out["dh0_BEN"], B)[:, 0, :E, :N],
+        h0_BEN=out["dh0_BEN"][:, :E, :N],
     )
     return jax.tree.map(
         lambda gradient, v: gradient.astype(v.dtype), gradients, operands._replace(reset_BL=None)
@@ -205,21 +210,41 @@ def _alone(
     kernel: Any, inputs: dict[str, Array], name: str, plan: Plan, B: int
 ) -> tuple[Array, Array]:
     """[B, segments, E, N] twice: the kernel's states, and the decays of segments. Of one segment
-    of each row, the last one or that before `first_row`, there is nothing."""
+    of each row, the last one or that before `first_row`, there is nothing.
+
+    Segments are cut once more, so that there is enough to do at the same time."""
     rows, _, channels = inputs["dt_BLE"].shape
+    S = rows // B
+    parts = _parts(plan.L, B * (S - 1) * channels // CHANNELS)
     wanted = ("x_BLE", "dt_BLE", "a_EN", "dt_bias_E", "reset_BL", "b_BLN", "c_BLN", "one")
     if kernel is adjoint_kernel:
         wanted = (*wanted[1:], "z_BLE", "dy_BLE")
+    needed = {n: _cut(n, inputs[n], parts) for n in wanted if n in inputs}
     outputs = {
-        name: jax.ShapeDtypeStruct((rows, *inputs["a_EN"].shape), jnp.float32),
-        "dt_BE4": jax.ShapeDtypeStruct((rows, channels, 4), jnp.float32),
+        name: jax.ShapeDtypeStruct((rows * parts, *inputs["a_EN"].shape), jnp.float32),
+        "dt_BE": jax.ShapeDtypeStruct((rows * parts, channels), jnp.float32),
     }
-    S = rows // B
-    plan = dataclasses.replace(plan, rows=S, groups=math.gcd(plan.L // STEPS, _GROUPS_ALONE))
-    needed = {n: inputs[n] for n in wanted if n in inputs}
-    out = _call(kernel, needed, outputs, plan, grid=(B, S - 1))
-    decays = jnp.exp(out["dt_BE4"].sum(-1)[:, :, None] * inputs["a_EN"][None])
-    return _by_segment(out[name], B), _by_segment(decays, B)
+    L = plan.L // parts
+    plan = dataclasses.replace(
+        plan,
+        L=L,
+        groups=math.gcd(L // STEPS, _GROUPS_ALONE),
+        rows=S * parts,
+        first_row=plan.first_row * parts,
+    )
+    out = _call(kernel, needed, outputs, plan, grid=(B, (S - 1) * parts))
+    states, dt = (v.reshape(B, S, parts, *v.shape[1:]) for v in (out[name], out["dt_BE"]))
+
+    def decays(dt: Array) -> Array:
+        return jnp.exp(dt[..., None] * inputs["a_EN"])
+
+    # Of two neighbours, that which a state passes first.
+    first = 1 if kernel is adjoint_kernel else 0
+    while states.shape[2] > 1:
+        states, dt = (v.reshape(B, S, -1, 2, *v.shape[3:]) for v in (states, dt))
+        states = decays(dt[:, :, :, 1 - first]) * states[:, :, :, first] + states[:, :, :, 1 - first]
+        dt = dt.sum(3)
+    return states[:, :, 0], decays(dt[:, :, 0])
 
 
 def _check(operands: Operands) -> None:
@@ -288,6 +313,18 @@ def _segments(L: int, unit: int, wanted: int) -> int:
     return wanted
 
 
+def _parts(L: int, warps: int) -> int:
+    """Of each segment, of L steps, where only states are computed, by `warps` warps otherwise."""
+    parts = 1
+    while (
+        warps * parts < _WARPS_ALONE
+        and L // (2 * parts) >= _SHORTEST_PART
+        and L % (2 * parts * STEPS * _GROUPS_ALONE) == 0
+    ):
+        parts *= 2
+    return parts
+
+
 def _warps(E: int, wanted: int) -> int:
     """No more than E fills: padding costs more than small programs."""
     while wanted > 1 and E % (CHANNELS * wanted):
@@ -326,18 +363,15 @@ def _padded(o: Operands, warps: int, unit: int) -> Operands:
     )
 
 
-def _cut(padded: Operands, segments: int) -> Operands:
-    """Segments of L as rows of the batch; h0_BEN as it was."""
+def _cut(name: str, v: Array, segments: int) -> Array:
+    """Segments of L, if it has that, as rows of the batch."""
+    if not _has_steps(name):
+        return v
+    return v.reshape(v.shape[0] * segments, v.shape[1] // segments, *v.shape[2:])
 
-    def cut(v: Array) -> Array:
-        return v.reshape(v.shape[0] * segments, v.shape[1] // segments, *v.shape[2:])
 
-    timed = {
-        n: cut(v)
-        for n, v in padded._asdict().items()
-        if "L" in n.rsplit("_", 1)[1] and v is not None
-    }
-    return padded._replace(**timed)
+def _has_steps(name: str) -> bool:
+    return name.rsplit("_", 1)[-1].startswith("BL")
 
 
 def _by_segment(v: Array, B: int) -> Array:
@@ -368,16 +402,6 @@ def _in_pairs(v_BLN: Array) -> Array:
         return v_BLN
     B, L, N = v_BLN.shape
     return lax.bitcast_convert_type(v_BLN.reshape(B, L, N // 2, 2), jnp.int32)
-
-
-def _sums_in_order(dbc: Array) -> tuple[Array, Array]:
-    """Both [B, L, N], float32, from the sums over channels of each program."""
-    dbc = dbc[:, :, :-1]
-    B, groups, sets = dbc.shape[1:4]
-    # B, group, set, i, step, half, c or b: state 2 i + half.
-    v = dbc.sum(0).reshape(B, groups, sets, 8, STEPS, 2, 2).transpose(6, 0, 1, 4, 2, 3, 5)
-    v_2BLN = v.reshape(2, B, groups * STEPS, sets * STATES)
-    return v_2BLN[1], v_2BLN[0]
 
 
 def _call(

@@ -147,8 +147,10 @@ class Place:
         return lax.bitcast_convert_type(v, jnp.int32) & (self.one - 1)
 
     def put_sum(self, name: str, value: Array, *index: int) -> None:
-        """Writes [T] sums over groups; those over the 4 steps are left to the reader."""
-        plgpu.store(self.ref[name].at[*index, self.row, self.channel, self.step], value)
+        """Writes the sums over all steps of [T] sums over groups; all lanes of a channel do."""
+        of_step = [self.plan.lanes.of_step(value, step) for step in range(STEPS)]
+        total = (of_step[0] + of_step[1]) + (of_step[2] + of_step[3])
+        plgpu.store(self.ref[name].at[self.row, self.channel, *index], total)
 
     def load_states(self, name: str, *index: Array) -> list[Array]:
         """[T, 4] of each set, of [B, ..., E, N]."""
@@ -156,10 +158,12 @@ class Place:
         loads = [ref.at[self.row, *index, self.channels, n] for n in self.states]
         return [swapped(plgpu.load(at)) for at in loads]
 
-    def store_states(self, name: str, tiles: list[Array], *index: Array) -> None:
-        ref = self.ref[name]
+    def store_states(
+        self, name: str, tiles: list[Array], *index: Array, row: Array | None = None
+    ) -> None:
+        ref, row = self.ref[name], self.row if row is None else row
         for n, tile in zip(self.states, tiles, strict=True):
-            plgpu.store(ref.at[self.row, *index, self.channels, n], swapped(tile))
+            plgpu.store(ref.at[row, *index, self.channels, n], swapped(tile))
 
     def _kept(self, group: Array) -> list[Any]:
         thread = jnp.broadcast_to(
@@ -198,13 +202,17 @@ class Place:
 
     def store_sums(self, shares: list[list[Array]], group: Array) -> None:
         """The program's gradients of b and c in a group: shares summed over its warps."""
-        values = self._values()
+        ref, values = self.ref["dbc"], self._values()
         for i, share in enumerate(shares):
             total = share[0]
             for v in share[1:]:
                 total = total + v
+            # Value 4 lane + register, see `Lanes.over_channels`.
             s, value = i // len(values), values[i % len(values)]
-            plgpu.store(self.ref["dbc"].at[self.block, self.row, group, s, value], total)
+            c_or_b, half, step, lane_4 = value & 1, value >> 1 & 1, value >> 2 & 3, value >> 4
+            state = STATES * s + 2 * lane_4 + half
+            at = ref.at[c_or_b, self.block, self.row, STEPS * group + step, state]
+            plgpu.store(at, total.astype(ref.dtype))
 
     def _values(self) -> list[Array]:
         """Which of a tile's 128 values a lane sums; with many warps several sum the same."""
@@ -336,7 +344,7 @@ def _added(dt_sum: Array, decay_dt: Array) -> Array:
 
 def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     """h_BEN, the states after the last step, and what else there is room for: y_BLE; with chunks
-    the states before each, starts_BCEN; dt_BE4, the sums of what decays see of dt. Without h0_BEN
+    the states before each, starts_BCEN; dt_BE, the sums of what decays see of dt. Without h0_BEN
     from zero states."""
     ref = dict(zip(names, refs, strict=True))
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
@@ -387,17 +395,17 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
                 dt_sum = _added(dt_sum, now.decay_dt)
         return (h, dt_sum), _first(h)
 
-    dt_sum = jnp.zeros((lanes.width,), jnp.float32) if "dt_BE4" in ref else None
+    dt_sum = jnp.zeros((lanes.width,), jnp.float32) if "dt_BE" in ref else None
     trips = plan.L // (STEPS * plan.groups)
     start = (place.load_states("h0_BEN") if "h0_BEN" in ref else [zero_4 for _ in sets], dt_sum)
     h, dt_sum = in_trips(place, trips, fetch, compute, start)
     place.store_states("h_BEN", h)
     if dt_sum is not None:
-        place.put_sum("dt_BE4", dt_sum)
+        place.put_sum("dt_BE", dt_sum)
 
 
 def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
-    """dh0_BEN, the gradient of the first state from those of the outputs, dy_BLE; and dt_BE4 as
+    """dh0_BEN, the gradient of the first state from those of the outputs, dy_BLE; and dt_BE as
     in `forward_kernel`."""
     ref = dict(zip(names, refs, strict=True))
     place, lanes, sets = Place(ref, plan), plan.lanes, range(plan.sets)
@@ -430,11 +438,13 @@ def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     start = ([zero_4 for _ in sets], jnp.zeros((lanes.width,), jnp.float32))
     state, dt_sum = in_trips(place, trips, fetch, compute, start)
     place.store_states("dh0_BEN", state)
-    place.put_sum("dt_BE4", dt_sum)
+    place.put_sum("dt_BE", dt_sum)
 
 
 def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
-    """All gradients; those of b and c as sums over a program's channels.
+    """All gradients; those of c and b as sums over a program's channels, dbc; those of weights of
+    one row, d_weights: [E, N] of a, then d, dt_bias; dh0_BEN of the first row of `rows`, which are
+    segments of one.
 
     Per chunk, from the last to the first: first the states before each trip, from the saved state
     before the chunk; then trip by trip backwards the states within, kept, and with them
@@ -489,10 +499,14 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     start = (place.load_states("dh_BEN"), da, nothing, nothing)
     dh, da, dd, dbias = lax.fori_loop(0, chunks, chunk_backward, start)
     place.store_sums(place.load_shares(jnp.int32(0)), jnp.int32(0))
-    place.store_states("dh0_BEN", dh)
-    place.store_states("da_BEN", da)
-    place.put_sum("dd_and_ddt_bias", dd, 0)
-    place.put_sum("dd_and_ddt_bias", dbias, 1)
+    states = STATES * plan.sets
+    place.store_states("d_weights", da)
+    place.put_sum("d_weights", dd, states)
+    place.put_sum("d_weights", dbias, states + 1)
+
+    @pl.when(pl.program_id(2) == 0)
+    def _first_segment() -> None:
+        place.store_states("dh0_BEN", dh, row=pl.program_id(0))
 
 
 def _keep_states(place: Place, first: Array) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 # Whether races were found is told nowhere else.
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as simulator  # isort: skip
@@ -32,7 +32,7 @@ from tests.tolerances import TOLERANCE, relative_rms
 IMPLEMENTATION = "pallas_mosaic_gpu"
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu")
 GPU = AbstractMesh((), (), abstract_device=H100)
-KERNEL = "mosaic_gpu_v2"
+KERNEL, TRITON = "mosaic_gpu_v2", "__gpu$xla.gpu.triton"
 
 # All B, L, H, G, K, W, F, M, C, and the tokens of a document. In turn: every border inside tiles,
 # heads shared; borders on those of tiles, two warpgroups of slots; documents; many memories in a
@@ -148,13 +148,18 @@ def abstract(shape: AttentionShape, dtype: str = "bfloat16", **more: Any) -> dic
     return arrays | more
 
 
-def attend(arrays: dict[str, Any], shape: AttentionShape, **options: Any) -> AttentionOutput:
+def attend(
+    arrays: dict[str, Any],
+    shape: AttentionShape,
+    implementation: str | None = IMPLEMENTATION,
+    **options: Any,
+) -> AttentionOutput:
     return memory_attention(
         **arrays,
         window=shape.window,
         fading_window=shape.fading_window,
         chunk=shape.chunk,
-        implementation=IMPLEMENTATION,
+        implementation=implementation,
         **options,
     )
 
@@ -174,9 +179,70 @@ def lowered(arrays: dict[str, Any], shape: AttentionShape) -> str:
 
 @pytest.mark.parametrize("name", ["b1_l2048_g16_k128", "b1_l32768_g4_k64"])
 def test_production_shapes_lower(name: str) -> None:
-    """A forward kernel, one by queries, one by keys of the bands and one of the memories."""
+    """A forward kernel, one by queries, one by keys of the bands and one of the memories; delta."""
     shape = ATTENTION_CASES[name]
-    assert lowered(abstract(shape), shape).count(f"@{KERNEL}") == 4
+    text = lowered(abstract(shape), shape)
+    assert text.count(f"@{KERNEL}") == 4
+    assert text.count(f"@{TRITON}") == 1
+
+
+def test_one_stream_lowers() -> None:
+    """Full attention: neither fading keys nor a memory."""
+    shape = AttentionShape(1, 256, 2, 2, 64, 256, 0, 0, 256)
+    arrays = {name: abstract(shape)[name] for name in ("q_BLHK", "k_BLGK", "v_BLGK")}
+    assert lowered(arrays, shape).count(f"@{KERNEL}") == 3
+
+
+def test_devices_side_by_side_lower() -> None:
+    """Under shard_map, heads and rows over devices."""
+    shape = AttentionShape(4, 256, 4, 4, 64, 100, 0, 0, 256)
+    arrays = {name: abstract(shape)[name] for name in ("q_BLHK", "k_BLGK", "v_BLGK")}
+    axes = (AxisType.Auto, AxisType.Auto)
+    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=axes, abstract_device=H100)
+    spec = PartitionSpec("data", None, "tensor")
+    function = jax.shard_map(
+        lambda arrays: attend(arrays, shape).o_BLHK,
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+        check_vma=False,
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(function).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(f"@{KERNEL}") == 1
+
+
+@pytest.mark.parametrize(
+    ("K", "dtype", "preferred"),
+    [(64, "bfloat16", True), (32, "bfloat16", False), (64, "float32", False)],
+)
+def test_it_is_preferred_where_it_runs(K: int, dtype: str, preferred: bool) -> None:
+    shape = AttentionShape(1, 64, 2, 2, K, 8, 8, 4, 8)
+    with jax.sharding.use_abstract_mesh(GPU):
+        function = functools.partial(attend, shape=shape, implementation=None)
+        text = (
+            jax.jit(function)
+            .trace(abstract(shape, dtype))
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
+    assert (text.count(f"@{KERNEL}"), text.count(f"@{TRITON}")) == (preferred, not preferred)
+
+
+@pytest.mark.slow
+def test_rows_may_be_mapped(rng: np.random.Generator) -> None:
+    """vmap, as a sweep's replicas do, gives what each call gives."""
+    x, spec = operands_of(rng, *SHAPES["window"])
+    several = jax.tree.map(lambda v: jnp.stack([v, v[::-1], 2 * v]), floats_of(x))
+
+    def both(x: Operands) -> Any:
+        out = pallas_mosaic_gpu.forward(x, spec)
+        return out, floats_of(pallas_mosaic_gpu.backward(x, spec, out, out))
+
+    mapped = jax.vmap(both)(several)
+    for i in range(3):
+        one = both(jax.tree.map(lambda v, i=i: v[i], several))
+        jax.tree.map(lambda v, w, i=i: np.testing.assert_array_equal(v[i], w), mapped, one)
 
 
 @pytest.mark.slow

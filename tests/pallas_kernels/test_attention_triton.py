@@ -55,12 +55,12 @@ def both(arrays: dict[str, Any], shape: AttentionShape) -> Any:
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION_CASES if name.startswith("b1_l")])
 def test_production_shapes_lower(name: str) -> None:
-    """A forward kernel, one by queries, one by keys of each stream."""
+    """A forward kernel, delta, one by queries, one by keys of each stream."""
     shape = ATTENTION_CASES[name]
     with jax.sharding.use_abstract_mesh(GPU):
         traced = jax.jit(functools.partial(both, shape=shape)).trace(abstract(shape))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count(f"@{KERNEL}") == 5
+    assert text.count(f"@{KERNEL}") == 6
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -73,7 +73,7 @@ def test_every_width_lowers_with_every_option(K: int, dtype: str) -> None:
     with jax.sharding.use_abstract_mesh(GPU):
         traced = jax.jit(functools.partial(both, shape=shape)).trace(arrays)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count(f"@{KERNEL}") == 5
+    assert text.count(f"@{KERNEL}") == 6
 
 
 def test_it_is_preferred_on_nvidia_gpus_only() -> None:
