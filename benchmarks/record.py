@@ -16,15 +16,24 @@ class Record:
 
     Args:
       module: the command is `python -m benchmarks.MODULE` with the arguments of this process.
+      device: its kind; by default that of this process, which takes hold of it.
     """
 
-    def __init__(self, path: pathlib.Path, module: str, commit: str, **more: Any):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        module: str,
+        commit: str,
+        *,
+        device: str | None = None,
+        **more: Any,
+    ):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.content: dict[str, Any] = {
             "command": " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]]),
             "commit": commit,
-            "device": dispatch.device_kind(),
+            "device": dispatch.device_kind() if device is None else device,
             "jax": jax.__version__,
             **more,
         }

@@ -89,6 +89,7 @@ def _per_device(
     )(present)
 
 
+@jax.named_scope("causal_conv")
 def causal_conv(
     x_BLE: Float[Array, "B L E"],
     kernel_TE: Float[Array, "T E"],
@@ -113,6 +114,7 @@ def causal_conv(
     return _per_device(operation, ["y_BLE"], arrays, pieces=pieces)[0]
 
 
+@jax.named_scope("innovation")
 def innovation(
     s_BLD: Float[Array, "B L D"], positions_BL: Int[Array, "B L"]
 ) -> Float[Array, "B L"]:
@@ -127,6 +129,7 @@ def innovation(
     return _per_device(operation, ["e_BL"], arrays, pieces=pieces)[0]
 
 
+@jax.named_scope("remember")
 def remember(
     e_BL: Float[Array, "B L"],
     start_BL: Int[Array, "B L"],
@@ -161,6 +164,7 @@ def remember(
     return Memory(index_BZM, valid_BZM, dict(zip(names, kept, strict=True)))
 
 
+@jax.named_scope("selective_scan")
 def selective_scan(
     x_BLE: Float[Array, "B L E"],
     dt_BLE: Float[Array, "B L E"],
@@ -202,6 +206,7 @@ def selective_scan(
     return pallas_kernels.ScanOutput(*outputs)
 
 
+@jax.named_scope("memory_attention")
 def memory_attention(
     q_BLHK: Float[Array, "B L H K"],
     k_BLGK: Float[Array, "B L G K"],

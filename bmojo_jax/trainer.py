@@ -90,14 +90,15 @@ def loss_sums(
     x_BLD = model.hidden_states(
         config.model, params, batch["inputs"], positions_BL=batch["positions"]
     )
-    loss = losses.cross_entropy(
-        x_BLD,
-        model.output_weights(config.model, params),
-        batch["targets"],
-        batch["weights"],
-        vocab_chunk=config.vocab_chunk,
-        z_loss=config.z_loss,
-    )
+    with jax.named_scope("loss"):
+        loss = losses.cross_entropy(
+            x_BLD,
+            model.output_weights(config.model, params),
+            batch["targets"],
+            batch["weights"],
+            vocab_chunk=config.vocab_chunk,
+            z_loss=config.z_loss,
+        )
     return loss.nll + loss.z_loss, loss
 
 
@@ -127,9 +128,10 @@ def train_step(
         (grads, loss), _ = jax.lax.scan(accumulate, zeros, jnp.arange(pieces))
     weight = jnp.maximum(loss.weight, 1)
     grads = jax.tree.map(lambda g: g / weight, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    norms = metrics.norms(grad=grads, param=state.params, update=updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        norms = metrics.norms(grad=grads, param=state.params, update=updates)
     finite = jnp.isfinite(loss.nll) & jnp.isfinite(norms["grad_norm"])
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     new_state = TrainState(

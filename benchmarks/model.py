@@ -1,0 +1,286 @@
+"""Training steps of whole models, beside each other: speed, memory, and where the time goes.
+
+    python -m benchmarks.model --output results/model/training.json
+    python -m benchmarks.model --output results/model/training.json --draw
+
+The step of `train.py` (loss, gradients, optimizer) with random tokens, each row one document, on
+one device; tokens of a step stay the same while rows grow longer. Each case runs in a process of
+its own, so that peaks of memory are its own and a case that does not fit costs the others nothing;
+it says so in its row. A time counts only beside its losses: they are finite, and the same batch's
+falls from step to step.
+
+`parts`: seconds of the device's kernels in a step, by what they belong to. Matrix products and
+kernels of scan and attention are told apart by the operations' names in the compiled program; a
+fusion belongs to what its root is from. "idle" is the rest of the step.
+
+`XLA_FLAGS=--xla_gpu_deterministic_ops=true`, as `train.py` sets it, shows what training pays.
+"""
+
+import collections
+import dataclasses
+import glob
+import gzip
+import json
+import math
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks import timing
+from benchmarks.record import Record
+from bmojo_jax import metrics, presets, sharding, trainer
+from bmojo_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
+from bmojo_jax.data.tokenizers import ByteTokenizer
+
+# What is looked for in an operation's name, in this order; the first that is there names the part.
+PARTS: Mapping[str, Sequence[str]] = {
+    "optimizer": ("optimizer",),
+    "loss": ("loss",),
+    "scan": ("selective_scan",),
+    "attention": ("memory_attention", "dot_product_attention"),
+    "selection": ("remember", "innovation"),
+    "convolution": ("causal_conv",),
+    "matrix products": ("dot_general",),
+}
+REST, IDLE = "norms and other elementwise", "idle"
+_WARM_STEPS = 2
+
+_OUTPUT = flags.DEFINE_string("output", None, "JSON to write, or to draw.")
+_CASES = flags.DEFINE_list(
+    "cases",
+    [f"{f}:{L}" for L in (2048, 8192, 16384, 32768, 65536) for f in ("transformer", "bmojo")]
+    + [f"{f}:{L}" for L in (2048, 16384) for f in ("mamba", "hybrid", "bmojo_f")],
+    "family:L each.",
+)
+_SIZE = flags.DEFINE_enum("size", "1_4b", list(presets.SIZES), "Of the presets.")
+_TOKENS = flags.DEFINE_integer("tokens", 65536, "Of a step; rows are as many as that makes.")
+_WIDTH = flags.DEFINE_integer("head_width", 128, "K.")
+_REMAT = flags.DEFINE_enum("remat", "full", ["none", "dots", "full"], "What is computed again.")
+_ATTENTION = flags.DEFINE_string("attention", None, "Implementation; by default the best.")
+_SCAN = flags.DEFINE_string("scan", None, "Implementation; by default the best.")
+_STEPS = flags.DEFINE_integer("steps", 5, "Timed, after two warm ones.", lower_bound=3)
+_SECONDS = flags.DEFINE_float("case_seconds", 300, "After which a case is given up.")
+_COMMIT = flags.DEFINE_string("commit", "", "Of the code that runs, for the record.")
+_ALONE = flags.DEFINE_bool("alone", False, "Measure the one case here and print its row.")
+_DRAW = flags.DEFINE_bool("draw", False, "Make a figure, .svg and .png, beside the JSON.")
+
+
+def settings(family: Any, length: int) -> TrainConfig:
+    """The run of one case."""
+    size: Any = _SIZE.value
+    width: Any = _WIDTH.value
+    remat: Any = _REMAT.value
+    model = dataclasses.replace(
+        presets.model(family, size, head_width=width),
+        compute_dtype="bfloat16",
+        remat=remat,
+        attention_implementation=_ATTENTION.value,
+        scan_implementation=_SCAN.value,
+    )
+    rows = max(1, _TOKENS.value // length)
+    data = DataConfig(sequence_length=length, batch_size=rows)
+    return TrainConfig(model=model, data=data, optim=OptimConfig(learning_rate=1e-4))
+
+
+def random_batch(config: TrainConfig) -> dict[str, np.ndarray]:
+    """Tokens that there are, each row one document."""
+    shape = (config.data.batch_size, config.data.sequence_length)
+    tokens = np.random.default_rng(0).integers(0, 256, (shape[0], shape[1] + 1), np.int32)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        "segment_ids": np.ones(shape, np.int32),
+        "weights": np.ones(shape, np.float32),
+    }
+
+
+def measure(config: TrainConfig) -> dict[str, Any]:
+    """Trains on one batch; compilation is timed apart."""
+    device = jax.devices()[0]
+    mesh = sharding.make_mesh(MeshConfig(), [device])
+    program = trainer.make_program(config, mesh, ByteTokenizer())
+    batch = sharding.place_batch(random_batch(config), mesh)
+    with jax.set_mesh(mesh):
+        start = time.perf_counter()
+        compiled = program.step.lower(program.abstract_state, batch).compile()
+        compile_seconds = time.perf_counter() - start
+        state = program.init()
+        losses, seconds = [], []
+        for _ in range(_WARM_STEPS + _STEPS.value):
+            start = time.perf_counter()
+            state, measured = compiled(state, batch)
+            losses.append(float(measured["loss"]))
+            seconds.append(time.perf_counter() - start)
+        step = statistics.median(seconds[_WARM_STEPS:])
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                state, measured = compiled(state, batch)
+                jax.block_until_ready(measured)
+            kernels = _kernels(folder)
+    tokens = config.data.batch_size * config.data.sequence_length
+    result = {
+        "device": device.device_kind,
+        "rows": config.data.batch_size,
+        "parameters": presets.model_parameters(config.model),
+        "losses": losses,
+        "compile_s": round(compile_seconds, 1),
+        "step_s": step,
+        "steps_s": seconds[_WARM_STEPS:],
+        "tokens_per_s": tokens / step,
+        "parts": by_part(kernels, operation_names(compiled.as_text()), step),
+    }
+    if (stats := device.memory_stats()) is not None:
+        result["peak_bytes"] = stats["peak_bytes_in_use"]
+    if (peak := metrics.peak_flops(device.device_kind)) is not None:
+        flops = metrics.flops_per_token(config.model, config.data.sequence_length)
+        result["mfu"] = flops * tokens / step / peak
+    if not (all(map(math.isfinite, losses)) and losses[-1] < losses[0]):
+        result["wrong"] = f"the losses of one batch do not fall: {losses}"
+    return result
+
+
+def _kernels(folder: str) -> list[tuple[str, float]]:
+    """Operation and seconds of everything that ran on the device while it was traced."""
+    (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    return [
+        (event["args"]["hlo_op"], event["dur"] / 1e6)
+        for event in events
+        if event.get("ph") == "X" and "hlo_op" in event.get("args", {})
+    ]
+
+
+def operation_names(text: str) -> dict[str, str]:
+    """Of each instruction of a compiled program, where in the model it is from."""
+    found = re.findall(r"%?([\w.-]+) = [^\n]*?metadata=\{[^}]*?op_name=\"([^\"]*)\"", text)
+    return dict(found)
+
+
+def by_part(
+    kernels: Iterable[tuple[str, float]], names: Mapping[str, str], step: float
+) -> dict[str, float]:
+    """Seconds of a step by part, those beyond all kernels as `IDLE`."""
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for operation, duration in kernels:
+        name = names.get(operation, "")
+        part = next((p for p, marks in PARTS.items() if any(m in name for m in marks)), REST)
+        seconds[part] += duration
+    idle = step - sum(seconds.values())
+    order = [*PARTS, REST]
+    return {part: seconds[part] for part in order if part in seconds} | {IDLE: max(idle, 0.0)}
+
+
+def alone(case: str) -> dict[str, Any]:
+    """The row of a case that runs in a process of its own."""
+    # The last of a flag counts.
+    arguments = [*sys.argv[1:], "--alone", f"--cases={case}"]
+    command = [sys.executable, "-m", "benchmarks.model", *arguments]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS.value)
+    except subprocess.TimeoutExpired:
+        return {"wrong": f"took more than {_SECONDS.value:g} s"}
+    if ran.returncode == 0:
+        return json.loads(ran.stdout.splitlines()[-1])
+    last = [line for line in ran.stderr.splitlines() if line.strip()][-1:]
+    full = re.search(r"[^\n]*RESOURCE_EXHAUSTED[^\n]*", ran.stderr)
+    return {"wrong": (full.group() if full else " ".join(last))[:300]}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [f"{'L':>7} {'rows':>5} {'model':>12} {'ms':>9} {'tokens/s':>9} {'MFU':>6} {'GiB':>6}"]
+    for row in rows:
+        start = f"{row['L']:>7} {row.get('rows', ''):>5} {row['family']:>12}"
+        if "step_s" not in row:
+            lines.append(f"{start} {row['wrong']}")
+            continue
+        parts = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in row["parts"].items())
+        lines.append(
+            f"{start} {1e3 * row['step_s']:>9.1f} {row['tokens_per_s']:>9,.0f} "
+            f"{row.get('mfu', math.nan):>6.3f} {row.get('peak_bytes', math.nan) / 2**30:>6.1f}"
+            f"   {parts}"
+        )
+    return lines
+
+
+def draw(content: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Tokens per second over L, and the parts of a step."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in content["rows"] if "step_s" in row]
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    speed, shares = figure.subplots(1, 2, width_ratios=[1, 1.4])
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    for number, family in enumerate(families):
+        points = sorted((row["L"], row["tokens_per_s"]) for row in rows if row["family"] == family)
+        speed.plot(*zip(*points, strict=True), "o-", color=f"C{number}", label=family)
+    speed.set_xscale("log", base=2)
+    speed.set_ylim(bottom=0)
+    speed.set_xlabel("L")
+    speed.set_ylabel("tokens/s")
+    speed.grid(alpha=0.3)
+    speed.legend()
+    places = [f"{row['family']} {row['L']}" for row in rows]
+    left = [0.0] * len(rows)
+    for number, part in enumerate([*PARTS, REST, IDLE]):
+        widths = [1e3 * row["parts"].get(part, 0.0) for row in rows]
+        shares.barh(places, widths, left=left, color=f"C{number}", label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    shares.invert_yaxis()
+    shares.set_xlabel("ms of a step")
+    shares.legend(fontsize="x-small")
+    figure.suptitle(f"Training steps of {content['size']} models on {content['device']}")
+    for suffix in (".svg", ".png"):
+        figure.savefig(path.with_suffix(suffix), dpi=130)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    cases = [(family, int(length)) for family, length in (c.split(":") for c in _CASES.value)]
+    if _ALONE.value:
+        ((family, length),) = cases
+        print(json.dumps(measure(settings(family, length))))
+        return
+    if _OUTPUT.value is None:
+        raise app.UsageError("--output: where the JSON is")
+    output = pathlib.Path(_OUTPUT.value)
+    if _DRAW.value:
+        draw(json.loads(output.read_text()), output)
+        return
+    record = Record(
+        output,
+        "model",
+        _COMMIT.value,
+        device="",  # a case's process needs all of it
+        size=_SIZE.value,
+        tokens_per_step=_TOKENS.value,
+        remat=_REMAT.value,
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+    )
+    rows = []
+    for case in timing.progress(_CASES.value, unit="case"):
+        family, length = case.split(":")
+        row = {"family": family, "L": int(length), **alone(case)}
+        record.content["device"] = row.pop("device", record.content["device"])
+        rows.append(row)
+        record.add("rows", rows)
+        timing.say("\n".join(table(rows[-1:])))
+    wrong = [row for row in rows if "wrong" in row]
+    if wrong:
+        raise SystemExit("\n".join(["wrong, or did not run:", *map(str, wrong)]))
+
+
+if __name__ == "__main__":
+    app.run(main)
