@@ -44,6 +44,7 @@ from benchmarks.attention_programs import (
 )
 from benchmarks.record import Record
 from pallas_kernels import dispatch
+from pallas_kernels.memory_attention import api
 from pallas_kernels.shapes import AttentionShape
 
 PEERS = attention_peers.NAMES
@@ -276,7 +277,7 @@ def main(argv: list[str]) -> None:
     if unknown:
         raise app.UsageError(f"--peers: {unknown} must be of {PEERS}")
     peers = _PEERS.value if "NVIDIA" in dispatch.device_kind() else []
-    names = _IMPLEMENTATIONS.value or dispatch.PREFERENCES[dispatch.platform()]
+    names = _IMPLEMENTATIONS.value or dispatch.preferred(api.IMPLEMENTATIONS)
     shapes = [
         AttentionShape(
             B=1,

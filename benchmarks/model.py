@@ -43,7 +43,8 @@ from bmojo_jax import metrics, presets, sharding, trainer
 from bmojo_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from bmojo_jax.data.tokenizers import ByteTokenizer
 
-# What is looked for in an operation's name, in this order; the first that is there names the part.
+# What is looked for in where an operation is from, and in its own name, in this order; the first
+# that is there names the part.
 PARTS: Mapping[str, Sequence[str]] = {
     "optimizer": ("optimizer",),
     "loss": ("loss",),
@@ -51,7 +52,7 @@ PARTS: Mapping[str, Sequence[str]] = {
     "attention": ("memory_attention", "dot_product_attention"),
     "selection": ("remember", "innovation"),
     "convolution": ("causal_conv",),
-    "matrix products": ("dot_general",),
+    "matrix products": ("dot", "gemm", "cublas", "custom-call"),
 }
 REST, IDLE = "norms and other elementwise", "idle"
 _WARM_STEPS = 2
@@ -129,6 +130,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
                 state, measured = compiled(state, batch)
                 jax.block_until_ready(measured)
             kernels = _kernels(folder)
+    names = operation_names(compiled.as_text())
     tokens = config.data.batch_size * config.data.sequence_length
     result = {
         "device": device.device_kind,
@@ -139,7 +141,8 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         "step_s": step,
         "steps_s": seconds[_WARM_STEPS:],
         "tokens_per_s": tokens / step,
-        "parts": by_part(kernels, operation_names(compiled.as_text()), step),
+        "parts": by_part(kernels, names, step),
+        "longest": longest(kernels, names),
     }
     if (stats := device.memory_stats()) is not None:
         result["peak_bytes"] = stats["peak_bytes_in_use"]
@@ -175,12 +178,23 @@ def by_part(
     """Seconds of a step by part, those beyond all kernels as `IDLE`."""
     seconds: dict[str, float] = collections.defaultdict(float)
     for operation, duration in kernels:
-        name = names.get(operation, "")
+        name = f"{names.get(operation, '')} {operation}"
         part = next((p for p, marks in PARTS.items() if any(m in name for m in marks)), REST)
         seconds[part] += duration
     idle = step - sum(seconds.values())
     order = [*PARTS, REST]
     return {part: seconds[part] for part in order if part in seconds} | {IDLE: max(idle, 0.0)}
+
+
+def longest(
+    kernels: Iterable[tuple[str, float]], names: Mapping[str, str], count: int = 30
+) -> list[list[Any]]:
+    """Seconds of a step, operation, and where it is from, of those that take longest."""
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for operation, duration in kernels:
+        seconds[operation] += duration
+    order = sorted(seconds, key=lambda operation: -seconds[operation])[:count]
+    return [[seconds[operation], operation, names.get(operation, "")] for operation in order]
 
 
 def alone(case: str) -> dict[str, Any]:
@@ -194,9 +208,8 @@ def alone(case: str) -> dict[str, Any]:
         return {"wrong": f"took more than {_SECONDS.value:g} s"}
     if ran.returncode == 0:
         return json.loads(ran.stdout.splitlines()[-1])
-    last = [line for line in ran.stderr.splitlines() if line.strip()][-1:]
-    full = re.search(r"[^\n]*RESOURCE_EXHAUSTED[^\n]*", ran.stderr)
-    return {"wrong": (full.group() if full else " ".join(last))[:300]}
+    errors = re.findall(r"^[\w.]*(?:Error|Exception|Exit)\b.*", ran.stderr, re.MULTILINE)
+    return {"wrong": (errors or [f"ended with status {ran.returncode}"])[-1][:500]}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

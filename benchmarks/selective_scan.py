@@ -34,6 +34,7 @@ from benchmarks import scan_accuracy, scan_programs, scan_tuning, timing
 from benchmarks.record import Record
 from benchmarks.scan_programs import KINDS, VARIANTS, Inputs, Kind
 from pallas_kernels import Unsupported, dispatch
+from pallas_kernels.selective_scan import api
 from pallas_kernels.shapes import SCAN_CASES
 
 _KEY = ("implementation", "case", "dtype", "variant", "kind")
@@ -322,7 +323,7 @@ def main(argv: list[str]) -> None:
         draw(json.loads(output.read_text()), output)
         return
     implementations, refused = usable(
-        _IMPLEMENTATIONS.value or dispatch.PREFERENCES[dispatch.platform()]
+        _IMPLEMENTATIONS.value or dispatch.preferred(api.IMPLEMENTATIONS)
     )
     record = Record(output, "selective_scan", _COMMIT.value, limits=scan_accuracy.LIMITS)
     record.add("not_usable", refused)

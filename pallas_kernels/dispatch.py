@@ -68,6 +68,11 @@ def _log_once(message: str) -> None:
     logging.info(message)
 
 
+def preferred(implementations: Mapping[str, Any]) -> list[str]:
+    """Those of an operation's implementations that are made for the platform, fastest first."""
+    return [name for name in PREFERENCES.get(platform(), ("xla",)) if name in implementations]
+
+
 def run(
     op: str,
     implementations: Mapping[str, Callable[..., Any]],
@@ -89,9 +94,7 @@ def run(
             )
         return implementations[implementation](*args, **kwargs)
     refusals: list[str] = []
-    for name in PREFERENCES.get(platform(), ("xla",)):
-        if name not in implementations:
-            continue
+    for name in preferred(implementations):
         try:
             result = implementations[name](*args, **kwargs)
         except Unsupported as error:

@@ -7,14 +7,16 @@
 (Mamba, arXiv 2312.00752, section 3.) One kernel forward, one backward, everything between inputs
 and outputs in one pass; serial in time, parallel over the batch and channels. Where that leaves the
 machine idle, L is cut into segments that run side by side: a first pass finds the state before each
-segment (the gradient after it), as the decay of a segment is exp(a sum dt).
+segment (the gradient after it), as the decay of a segment is exp(a sum dt). That pass, which needs
+fewer registers, cuts segments once more.
 
 State, decays and sums are float32, results are rounded once. With bfloat16 x, b and c the products
 with b and c cut their other factor to tf32, and the factors of the sums over channels, which are
-the gradients of b and c, are rounded to bfloat16; otherwise products are as exact as float32
-(`triton_lanes.py`). Saved for the backward pass beyond the inputs: the float32 states before chunks
-of 64 steps, one byte per element at N = 16. Deterministic: the gradients of b and c are summed over
-the channels of a program in its kernel and over programs by XLA, always in the same order.
+the gradients of b and c, are rounded to bfloat16, and so is each program's sum (2^-9 of it at most,
+at random over programs); otherwise products are as exact as float32 (`triton_lanes.py`). Saved for
+the backward pass beyond the inputs: the float32 states before chunks of 64 steps, one byte per
+element at N = 16. Deterministic: the gradients of b and c are summed over the channels of a program
+in its kernel and over programs by XLA in float32, always in the same order.
 
 What is padded, and copied where it does not fit: L to whole chunks (steps with dt = 0), E to the
 channels of a program, N to 16, 32 or 64 (states that stay 0).
@@ -72,7 +74,7 @@ _FORWARD_WARPS, _BACKWARD_WARPS = 500, 1056
 _SHORTEST_SEGMENT = 256
 # Where only states are computed: warps for all processors, the shortest part of a segment, groups
 # of a trip.
-_WARPS_ALONE, _SHORTEST_PART, _GROUPS_ALONE = 3000, 128, 8
+_WARPS_ALONE, _SHORTEST_PART, _GROUPS_ALONE = 3000, 128, 4
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
 
@@ -92,7 +94,7 @@ def forward(
     padded = _padded(operands, warps, unit * segments)
     B, steps, channels = padded.x_BLE.shape
     plan = _plan(operands, padded, warps, groups, segments)
-    inputs = _inputs(_cut(padded, segments))
+    inputs = _inputs(padded, segments)
     if segments > 1:
         inputs["h0_BEN"] = _states_at_borders(inputs, plan, B)
     n = inputs["h0_BEN"].shape
@@ -123,8 +125,7 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     B, steps, channels = padded.x_BLE.shape
     states = padded.a_EN.shape[1]
     plan = _plan(operands, padded, warps, 1, segments)
-    cut = _cut(padded, segments)
-    inputs = _inputs(cut)
+    inputs = _inputs(padded, segments)
     del inputs["h0_BEN"]
     # As many chunks and channels as here: what the forward pass padded changes nothing.
     starts_BCEN = starts_BCEN[:, : steps // chunk, :channels]
@@ -132,7 +133,7 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     d_state = _pad(d_out.h_BEN.astype(jnp.float32), {1: channels, 2: states})
     inputs |= {
         "starts_BCEN": starts_BCEN.reshape(-1, plan.L // chunk, channels, states),
-        "dy_BLE": _pad(d_out.y_BLE, {1: steps, 2: channels}).reshape(cut.x_BLE.shape),
+        "dy_BLE": _pad(d_out.y_BLE, {1: steps, 2: channels}).reshape(inputs["x_BLE"].shape),
         "dh_BEN": d_state,
     }
     if segments > 1:
@@ -142,9 +143,10 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     programs = channels // (CHANNELS * warps)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     outputs = {
-        "dx_BLE": jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.x_BLE.dtype),
-        "ddt_BLE": jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.dt_BLE.dtype),
-        "d_weights": f32((rows, channels, states + 2)),
+        "dx_BLE": jax.ShapeDtypeStruct(inputs["x_BLE"].shape, operands.x_BLE.dtype),
+        "ddt_BLE": jax.ShapeDtypeStruct(inputs["x_BLE"].shape, operands.dt_BLE.dtype),
+        "da_BEN": f32((rows, channels, states)),
+        "dd_and_ddt_bias": f32((rows, channels, 2)),
         # Of c and b; one group more, of which nothing is meant.
         "dbc": jax.ShapeDtypeStruct(
             (2, programs, rows, plan.L + STEPS, states),
@@ -155,7 +157,7 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
         "kept": f32((rows, programs, chunk // STEPS, plan.sets, plan.lanes.width, 4)),
     }
     if operands.z_BLE is not None:
-        outputs["dz_BLE"] = jax.ShapeDtypeStruct(cut.x_BLE.shape, operands.z_BLE.dtype)
+        outputs["dz_BLE"] = jax.ShapeDtypeStruct(inputs["x_BLE"].shape, operands.z_BLE.dtype)
     out = _call(backward_kernel, inputs, outputs, plan, grid=(B, segments))
 
     def whole(v: Array) -> Array:
@@ -163,16 +165,16 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
 
     # Each sum by itself, as XLA would copy slices of their common sum.
     dc_BLN, db_BLN = (v[:, :, : plan.L].astype(jnp.float32).sum(0) for v in out["dbc"])
-    d_weights = out["d_weights"].sum(0)[:E]
+    dd_E, ddt_bias_E = out["dd_and_ddt_bias"].sum(0)[:E].T
     gradients = Operands(
         x_BLE=whole(out["dx_BLE"])[:, :, :E],
         dt_BLE=whole(out["ddt_BLE"])[:, :, :E],
-        a_EN=d_weights[:, :N],
+        a_EN=out["da_BEN"].sum(0)[:E, :N],
         b_BLN=whole(db_BLN)[:, :, :N],
         c_BLN=whole(dc_BLN)[:, :, :N],
-        d_E=d_weights[:, states],
+        d_E=dd_E,
         z_BLE=None if operands.z_BLE is None else whole(out["dz_BLE"])[:, :, :E],
-        dt_bias_E=d_weights[:, states + 1],
+        dt_bias_E=ddt_bias_E,
         reset_BL=None,
         h0_BEN=out["dh0_BEN"][:, :E, :N],
     )
@@ -233,18 +235,19 @@ def _alone(
         first_row=plan.first_row * parts,
     )
     out = _call(kernel, needed, outputs, plan, grid=(B, (S - 1) * parts))
-    states, dt = (v.reshape(B, S, parts, *v.shape[1:]) for v in (out[name], out["dt_BE"]))
+    # P parts, then P / 2 of twice the length, and so on.
+    states_BSPEN, dt_BSPE = (v.reshape(B, S, parts, *v.shape[1:]) for v in out.values())
 
-    def decays(dt: Array) -> Array:
-        return jnp.exp(dt[..., None] * inputs["a_EN"])
+    def decays(dt_BSPE: Array) -> Array:
+        return jnp.exp(dt_BSPE[..., None] * inputs["a_EN"][None, None, None])
 
-    # Of two neighbours, that which a state passes first.
+    # Of two neighbours a state passes this one first.
     first = 1 if kernel is adjoint_kernel else 0
-    while states.shape[2] > 1:
-        states, dt = (v.reshape(B, S, -1, 2, *v.shape[3:]) for v in (states, dt))
-        states = decays(dt[:, :, :, 1 - first]) * states[:, :, :, first] + states[:, :, :, 1 - first]
-        dt = dt.sum(3)
-    return states[:, :, 0], decays(dt[:, :, 0])
+    for _ in range(parts.bit_length() - 1):
+        entering, leaving = (states_BSPEN[:, :, i::2] for i in (first, 1 - first))
+        states_BSPEN = decays(dt_BSPE[:, :, 1 - first :: 2]) * entering + leaving
+        dt_BSPE = dt_BSPE[:, :, ::2] + dt_BSPE[:, :, 1::2]
+    return states_BSPEN[:, :, 0], decays(dt_BSPE)[:, :, 0]
 
 
 def _check(operands: Operands) -> None:
@@ -388,9 +391,9 @@ def _plan(o: Operands, padded: Operands, warps: int, groups: int, segments: int)
     )
 
 
-def _inputs(cut: Operands) -> dict[str, Array]:
+def _inputs(padded: Operands, segments: int) -> dict[str, Array]:
     """What the kernels read, by name; `one` is 1 (see `triton_kernels.py`)."""
-    arrays = {n: v for n, v in cut._asdict().items() if v is not None}
+    arrays = {n: _cut(n, v, segments) for n, v in padded._asdict().items() if v is not None}
     for name in ("b_BLN", "c_BLN"):
         arrays[name] = _in_pairs(arrays[name])
     return arrays | {"one": jnp.ones((1,), jnp.int32)}
@@ -415,7 +418,7 @@ def _call(
 
     The kernels see what has L as [B, L x size of a step]."""
     names = (*inputs, *outputs)
-    timed = [n.rsplit("_", 1)[-1].startswith("BL") for n in names]
+    timed = [_has_steps(n) for n in names]
     rows, _, channels = inputs["dt_BLE"].shape
     rows, parts = grid or (rows, 1)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)

@@ -442,9 +442,8 @@ def adjoint_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
 
 
 def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
-    """All gradients; those of c and b as sums over a program's channels, dbc; those of weights of
-    one row, d_weights: [E, N] of a, then d, dt_bias; dh0_BEN of the first row of `rows`, which are
-    segments of one.
+    """All gradients; those of c and b as sums over a program's channels, those of weights as sums
+    over a row, dh0_BEN only of the first of `rows`.
 
     Per chunk, from the last to the first: first the states before each trip, from the saved state
     before the chunk; then trip by trip backwards the states within, kept, and with them
@@ -499,14 +498,14 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     start = (place.load_states("dh_BEN"), da, nothing, nothing)
     dh, da, dd, dbias = lax.fori_loop(0, chunks, chunk_backward, start)
     place.store_sums(place.load_shares(jnp.int32(0)), jnp.int32(0))
-    states = STATES * plan.sets
-    place.store_states("d_weights", da)
-    place.put_sum("d_weights", dd, states)
-    place.put_sum("d_weights", dbias, states + 1)
+    place.store_states("da_BEN", da)
+    place.put_sum("dd_and_ddt_bias", dd, 0)
+    place.put_sum("dd_and_ddt_bias", dbias, 1)
+    first_row = pl.program_id(0)
 
     @pl.when(pl.program_id(2) == 0)
-    def _first_segment() -> None:
-        place.store_states("dh0_BEN", dh, row=pl.program_id(0))
+    def _first_row() -> None:
+        place.store_states("dh0_BEN", dh, row=first_row)
 
 
 def _keep_states(place: Place, first: Array) -> None:

@@ -108,9 +108,16 @@ def test_what_cannot_run_is_refused(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("segments", "L"), [(2, 32), (4, 61)])
-def test_segments_make_a_whole(rng: np.random.Generator, segments: int, L: int) -> None:
-    """Side by side from border states that a first pass finds; 2 is the shortest chain of them."""
+@pytest.mark.parametrize(("segments", "L", "parts"), [(2, 32, 1), (2, 47, 2), (4, 61, 4)])
+def test_segments_make_a_whole(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, segments: int, L: int, parts: int
+) -> None:
+    """Side by side from border states that a first pass finds, which cuts them once more; 2 is the
+    shortest chain of them."""
+    steps = -(-L // (8 * segments)) * 8
+    monkeypatch.setattr(pallas_triton, "_SHORTEST_PART", steps // parts)
+    monkeypatch.setattr(pallas_triton, "_GROUPS_ALONE", 1)
+    assert pallas_triton._parts(steps, warps=2) == parts
     operands = draw(rng, ScanShape(B=2, L=L, E=5, N=16))
     blocks = {"chunk": 8, "forward_groups": 1}
     blocks |= {"forward_segments": segments, "backward_segments": segments}
@@ -124,6 +131,7 @@ def test_few_channels_are_cut_into_segments() -> None:
     one_row = abstract(SCAN_CASES["b1_l2048_e4096"])
     sizes = pallas_triton._sizes(one_row, {})
     assert (sizes["forward_segments"], sizes["backward_segments"]) == (1, 4)
+    assert pallas_triton._parts(512, warps=3 * 512) == 2
     for shape in (SCAN_CASES["b8_l2048_e4096"], ScanShape(B=1, L=300, E=64, N=16)):
         sizes = pallas_triton._sizes(abstract(shape), {})
         assert (sizes["forward_segments"], sizes["backward_segments"]) == (1, 1)
