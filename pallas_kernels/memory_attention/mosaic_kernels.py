@@ -26,7 +26,7 @@ from pallas_kernels.memory_attention.mosaic_tiles import (
     Plan,
     Queries,
     Refs,
-    Stream,
+    Tile,
     Walk,
     accumulate,
     along,
@@ -106,56 +106,60 @@ def _forward(
     def slot_of(step: Array) -> Array:
         return rem(before + step, plan.stages)
 
-    def skip(step: Array) -> None:
-        for name in ("k", "v"):
-            plgpu.barrier_wait(sm[f"{name}_full"].at[slot_of(step)])
-            plgpu.barrier_arrive(sm[f"{name}_free"].at[slot_of(step)])
+    def skip(begin: Array, end: Array) -> None:
+        def one(step: Array, _: None) -> None:
+            for name in ("k", "v"):
+                plgpu.barrier_wait(sm[f"{name}_full"].at[slot_of(step)])
+                plgpu.barrier_arrive(sm[f"{name}_free"].at[slot_of(step)])
 
-    def visit(stream: Stream, carry: Any) -> Any:
-        def weigh(t: Array, pending: Sequence[Any], state: Sequence[Array]) -> Any:
-            slot = slot_of(stream.step(t))
-            plgpu.barrier_wait(sm["k_full"].at[slot])
+        lax.fori_loop(begin, end, one, None)
 
-            def update(values: Sequence[Array], state: Sequence[Array]) -> list[Array]:
-                plgpu.barrier_arrive(sm["k_free"].at[slot])
-                top, total = state[0], state[1]
-                s = walk.masked(stream, t, values[0])
-                new_top = jnp.maximum(top, s.max(axis=1) * plan.scale)
-                shrink = jnp.exp2(top - new_top)
-                p = jnp.exp2(s * plan.scale - along(new_top, s.shape, 0))
-                total = total * shrink + p.sum(axis=1)
-                new = lax.optimization_barrier((new_top, total, shrink, p))
-                # Awaiting memory here also keeps the compiler from awaiting the tensor cores
-                # before all this.
-                plgpu.barrier_wait(sm["v_full"].at[slot])
-                return list(new)
+    def weigh(seen: Tile, pending: Sequence[Any], state: Sequence[Array]) -> Any:
+        slot = slot_of(seen.step)
+        plgpu.barrier_wait(sm["k_full"].at[slot])
 
-            k = sm["k"].at[slot].transpose((1, 0))
-            return multiply([(q, k)], pending, update, state, staging)
+        def update(values: Sequence[Array], state: Sequence[Array]) -> list[Array]:
+            plgpu.barrier_arrive(sm["k_free"].at[slot])
+            top, total = state[0], state[1]
+            s = walk.masked(seen, values[0])
+            new_top = jnp.maximum(top, s.max(axis=1) * plan.scale)
+            shrink = jnp.exp2(top - new_top)
+            p = jnp.exp2(s * plan.scale - along(new_top, s.shape, 0))
+            total = total * shrink + p.sum(axis=1)
+            new = lax.optimization_barrier((new_top, total, shrink, p))
+            # Awaiting memory here also keeps the compiler from awaiting the tensor cores before
+            # all this.
+            plgpu.barrier_wait(sm["v_full"].at[slot])
+            return list(new)
 
-        def pending(t: Array, o: Array, p: Array) -> list[Any]:
-            return [(o, p.astype(dtype), sm["v"].at[slot_of(stream.step(t))])]
+        k = sm["k"].at[slot].transpose((1, 0))
+        return multiply([(q, k)], pending, update, state, staging)
 
-        def let_go(t: Array) -> None:
-            plgpu.barrier_arrive(sm["v_free"].at[slot_of(stream.step(t))])
+    def pending(step: Array, o: Array, p: Array) -> list[Any]:
+        return [(o, p.astype(dtype), sm["v"].at[slot_of(step)])]
 
-        def later(t: Array, carry: Any) -> Any:
-            o, state = carry
-            (o,), state = weigh(t, pending(t - 1, o, state[3]), state)
-            let_go(t - 1)
-            return o * along(state[2], o.shape, 0), state
+    def let_go(step: Array) -> None:
+        plgpu.barrier_arrive(sm["v_free"].at[slot_of(step)])
 
-        o, top, total = carry
-        begin, end = stream.seen.begin, stream.seen.end
-        _, state = weigh(begin, [], [top, total, total, filled(0, ROWS, plan.keys)])
-        o = o * along(state[2], o.shape, 0)
-        o, state = lax.fori_loop(begin + 1, end, later, (o, state))
-        (o,) = accumulate(pending(end - 1, o, state[3]), staging)
-        let_go(end - 1)
-        return o, state[0], state[1]
+    def later(n: Array, carry: Any) -> Any:
+        o, state, last = carry
+        seen = walk.tile(n)
+        skip(last + 1, seen.step)
+        (o,), state = weigh(seen, pending(last, o, state[3]), state)
+        let_go(last)
+        return o * along(state[2], o.shape, 0), state, seen.step
 
-    nothing = filled(0, ROWS, plan.K), filled(FLOOR, ROWS), filled(0, ROWS)
-    o, top, total = walk.over_streams(skip, visit, nothing)
+    seen = walk.tile(i32(0))
+    skip(i32(0), seen.step)
+    nothing = filled(0, ROWS)
+    state = [filled(FLOOR, ROWS), nothing, nothing, filled(0, ROWS, plan.keys)]
+    _, state = weigh(seen, [], state)
+    carry = filled(0, ROWS, plan.K), state, seen.step
+    o, state, last = lax.fori_loop(1, walk.count, later, carry)
+    (o,) = accumulate(pending(last, o, state[3]), staging)
+    let_go(last)
+    skip(last + 1, walk.steps)
+    top, total = state[0], state[1]
     tile[...] = (o * along(1 / total, o.shape, 0)).astype(dtype)
     lse = sm["lse"].at[worker]
     lse[...] = (top + jnp.log(total) * LOG2_E) * LN_2
@@ -228,55 +232,72 @@ def _queries(
     def slot_of(step: Array) -> Array:
         return rem(before + step, plan.stages)
 
-    def skip(step: Array) -> None:
-        plgpu.barrier_wait(sm["k_full"].at[slot_of(step)])
+    def skip(begin: Array, end: Array) -> None:
+        def one(step: Array, _: None) -> None:
+            plgpu.barrier_wait(sm["k_full"].at[slot_of(step)])
+            plgpu.barrier_arrive(sm["k_free"].at[slot_of(step)])
+
+        lax.fori_loop(begin, end, one, None)
+
+    def gradient(seen: Tile, ahead: Array, s: Array, dp: Array) -> Array:
+        p = jnp.exp2(walk.masked(seen, s) * plan.scale - along(lse, s.shape, 0))
+        dl = lax.optimization_barrier(p * (dp - along(delta, s.shape, 0)))
+
+        # Awaiting memory here also keeps the compiler from awaiting the tensor cores before all
+        # this.
+        @pl.when(ahead > 0)
+        def _next() -> None:
+            plgpu.barrier_wait(sm["k_full"].at[slot_of(seen.step + 1)])
+
+        return dl
+
+    def pairs(step: Array) -> list[tuple[Any, Any]]:
+        transposed = [sm[name].at[slot_of(step)].transpose((1, 0)) for name in ("k", "v")]
+        return list(zip((q, do), transposed, strict=True))
+
+    def pending(step: Array, dq: Array, dl: Array) -> list[Any]:
+        return [(dq, dl.astype(dtype), sm["k"].at[slot_of(step)])]
+
+    def let_go(step: Array) -> None:
         plgpu.barrier_arrive(sm["k_free"].at[slot_of(step)])
 
-    def visit(stream: Stream, dq: Array) -> Array:
-        begin, end = stream.seen.begin, stream.seen.end
+    def await_(step: Array, awaited: Array) -> None:
+        @pl.when(awaited == 0)
+        def _() -> None:
+            plgpu.barrier_wait(sm["k_full"].at[slot_of(step)])
 
-        def slot(t: Array) -> Array:
-            return slot_of(stream.step(t))
+    def awaits_next(n: Array, last: Array, step: Array) -> Array:
+        """Whether tile n + 1 may be awaited while tile n and `last` are held: with a skipped tile
+        among them a ring of three has no room."""
+        following = walk.tile(n + 1).step
+        return ((n + 1 < walk.count) & (following == last + 2) & (step == last + 1)).astype(
+            jnp.int32
+        )
 
-        def gradient(t: Array, s: Array, dp: Array) -> Array:
-            p = jnp.exp2(walk.masked(stream, t, s) * plan.scale - along(lse, s.shape, 0))
-            dl = lax.optimization_barrier(p * (dp - along(delta, s.shape, 0)))
+    def later(n: Array, carry: Any) -> Any:
+        dq, dl, last, awaited = carry
+        seen = walk.tile(n)
+        skip(last + 1, seen.step)
+        await_(seen.step, awaited)
+        ahead = awaits_next(n, last, seen.step)
 
-            # Awaiting memory here also keeps the compiler from awaiting the tensor cores before
-            # all this.
-            @pl.when(t + 1 < end)
-            def _next() -> None:
-                plgpu.barrier_wait(sm["k_full"].at[slot(t + 1)])
+        def update(values: Sequence[Array], _: Sequence[Array]) -> list[Array]:
+            return [gradient(seen, ahead, *values)]
 
-            return dl
+        (dq,), (dl,) = multiply(pairs(seen.step), pending(last, dq, dl), update, [dl], staging)
+        let_go(last)
+        return dq, dl, seen.step, ahead
 
-        def pairs(t: Array) -> list[tuple[Any, Any]]:
-            transposed = [sm[name].at[slot(t)].transpose((1, 0)) for name in ("k", "v")]
-            return list(zip((q, do), transposed, strict=True))
-
-        def pending(t: Array, dq: Array, dl: Array) -> list[Any]:
-            return [(dq, dl.astype(dtype), sm["k"].at[slot(t)])]
-
-        def let_go(t: Array) -> None:
-            plgpu.barrier_arrive(sm["k_free"].at[slot(t)])
-
-        def later(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            def update(values: Sequence[Array], _: Sequence[Array]) -> list[Array]:
-                return [gradient(t, *values)]
-
-            dq, dl = carry
-            (dq,), (dl,) = multiply(pairs(t), pending(t - 1, dq, dl), update, [dl], staging)
-            let_go(t - 1)
-            return dq, dl
-
-        plgpu.barrier_wait(sm["k_full"].at[slot(begin)])
-        dl = gradient(begin, *products(pairs(begin)))
-        dq, dl = lax.fori_loop(begin + 1, end, later, (dq, dl))
-        (dq,) = accumulate(pending(end - 1, dq, dl), staging)
-        let_go(end - 1)
-        return dq
-
-    dq = walk.over_streams(skip, visit, filled(0, ROWS, plan.K))
+    seen = walk.tile(i32(0))
+    skip(i32(0), seen.step)
+    plgpu.barrier_wait(sm["k_full"].at[slot_of(seen.step)])
+    ahead = awaits_next(i32(0), seen.step - 1, seen.step)
+    dl = gradient(seen, ahead, *products(pairs(seen.step)))
+    carry = filled(0, ROWS, plan.K), dl, seen.step, ahead
+    dq, dl, last, _ = lax.fori_loop(1, walk.count, later, carry)
+    (dq,) = accumulate(pending(last, dq, dl), staging)
+    let_go(last)
+    skip(last + 1, walk.steps)
     own["q"][...] = (dq * (plan.scale * LN_2)).astype(dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(own["q"], ref["dq"].at[item.row, rows, item.head])

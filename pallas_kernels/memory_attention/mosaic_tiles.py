@@ -9,8 +9,9 @@ Both streams of token keys are bands: query i sees key j where near <= i - j <= 
 
     in-context   near = 0, far = W - 1          fading   near = W, far = W + F - 1
 
-A stream's tiles are walked in order, the memories first, then the fading keys, then the in-context
-ones. A warpgroup skips what only its neighbour sees, and masks only the tiles that a border cuts.
+Streams are walked one after the other, the memories first, then the fading keys, then the
+in-context ones. A warpgroup skips what only its neighbour sees, and masks only the tiles that a
+border cuts.
 """
 
 import functools
@@ -270,73 +271,75 @@ def key_tiles(plan: Plan, ref: Refs, item: Queries) -> Sequence[Callable[[Array]
     return [memory] * bool(plan.M) + [functools.partial(band, name) for name in plan.bands]
 
 
-class Stream(NamedTuple):
-    """Where one stream's tiles start among an item's steps, which of them a block loads and one of
-    its warpgroups sees; near and far of a band; whether it is the memories."""
+class Tile(NamedTuple):
+    """The tile of keys number `number` of a stream: which of the block's loads it is, whether no
+    border cuts it; near and far of its band; whether it is of a memory."""
 
-    start: Array
-    loaded: Span
-    seen: Span
+    number: Array
+    step: Array
+    inside: Array
     near: Array
     far: Array
     memory: Array
 
-    def step(self, t: Array) -> Array:
-        return self.start + t - self.loaded.begin
-
 
 class Walk:
-    """How a warpgroup's queries go through the tiles of keys that its block loads."""
+    """How a warpgroup's queries go through the tiles of keys that its block loads.
+
+    They go through all streams in one loop, so that the tensor cores are at work on one tile's
+    values while the next one's logits become weights, across streams too. Between two tiles that a
+    warpgroup sees there is at most one that it does not, of its neighbour: so a ring of three can
+    hold the last tile, the skipped one and the next."""
 
     def __init__(self, plan: Plan, ref: Refs, item: Queries, first: Array):
         self.plan, self.ref, self.item, self.first = plan, ref, item, first
-        self.loaded, self.seen = spans(plan, item.first, BLOCK), spans(plan, first, ROWS)
-        self.steps = sum((s.size for s in self.loaded), start=i32(0))
-
-    def over_streams(
-        self, skip: Callable[[Array], None], visit: Callable[[Stream, Any], Any], carry: Any
-    ) -> Any:
-        """carry after visit(stream, carry) of each stream of which a tile is seen.
-
-        skip(step) is called for every tile that is loaded but not seen."""
-        bands = [(0, 0)] * bool(self.plan.M) + list(self.plan.bands.values())
+        loaded, seen = spans(plan, item.first, BLOCK), spans(plan, first, ROWS)
+        bands = list(plan.bands.values())
+        if plan.M:
+            # Each warpgroup sees all of the block's memories, which are its own where a chunk has
+            # whole blocks.
+            seen[0], bands = loaded[0], [(0, 0), *bands]
         # Constants within a product's `update` do not lower: nothing that it reads is one.
-        streams, zero = [], 0 * self.first
-        start = zero
-        for loaded, seen, band in zip(self.loaded, self.seen, bands, strict=True):
-            near, far = (zero + value for value in band)
-            memory = zero + (1 if self.plan.M and not streams else 0)
-            streams.append(Stream(start, loaded, seen, near, far, memory))
-            start += loaded.size
+        zero = 0 * first
+        self.count = self.steps = zero
+        # Of each stream: how many tiles are seen before it, and what its tiles have in common.
+        self._streams: list[tuple[Array, Any]] = []
+        for i, (all_of_it, span, (near, far)) in enumerate(zip(loaded, seen, bands, strict=True)):
+            number = span.begin - self.count
+            step = self.steps + span.begin - all_of_it.begin - self.count
+            memory = zero + (1 if plan.M and i == 0 else 0)
+            found = (
+                number,
+                step,
+                span.inner_begin,
+                span.inner_end,
+                zero + near,
+                zero + far,
+                memory,
+            )
+            self._streams.append((self.count, found))
+            self.count, self.steps = self.count + span.size, self.steps + all_of_it.size
 
-        def of_stream(n: Array, carry: Any) -> Any:
-            def choose(*values: Array) -> Array:
-                chosen = values[0]
-                for i, value in enumerate(values[1:], start=1):
-                    chosen = jnp.where(n == i, value, chosen)
-                return chosen
+    def tile(self, n: Array) -> Tile:
+        """The n-th tile that is seen."""
+        chosen = self._streams[0][1]
+        for before, found in self._streams[1:]:
+            later = n >= before
+            chosen = jax.tree.map(
+                lambda new, old, later=later: jnp.where(later, new, old), found, chosen
+            )
+        number, step, begin, end, near, far, memory = chosen
+        inside = (n + number >= begin) & (n + number < end)
+        return Tile(n + number, n + step, inside.astype(jnp.int32), near, far, memory)
 
-            stream = jax.tree.map(choose, *streams)
-
-            def skips(begin: Array, end: Array) -> None:
-                lax.fori_loop(begin, end, lambda t, _: skip(stream.step(t)), None)
-
-            skips(stream.loaded.begin, stream.seen.begin)
-            times = jnp.minimum(stream.seen.size, 1)
-            carry = lax.fori_loop(0, times, lambda _, carry: visit(stream, carry), carry)
-            skips(stream.seen.end, stream.loaded.end)
-            return carry
-
-        return lax.fori_loop(0, len(streams), of_stream, carry)
-
-    def masked(self, stream: Stream, t: Array, s: Array) -> Array:
-        """Logits / scale [queries, keys of tile t] with `LEAST` where not seen."""
+    def masked(self, tile: Tile, s: Array) -> Array:
+        """Logits / scale [queries, keys of the tile] with `LEAST` where not seen."""
+        t = tile.number
         whole = functools.partial(self._one_document, t)
-        kinds = [whole, lambda s: whole(self._band(stream, t, s))]
+        kinds = [whole, lambda s: whole(self._band(tile, s))]
         if self.plan.M:
             kinds.append(functools.partial(self._memory, t))
-        inside = (t >= stream.seen.inner_begin) & (t < stream.seen.inner_end)
-        return lax.switch(jnp.where(stream.memory > 0, 2, jnp.where(inside, 0, 1)), kinds, s)
+        return lax.switch(jnp.where(tile.memory > 0, 2, 1 - tile.inside), kinds, s)
 
     def _one_document(self, t: Array, s: Array) -> Array:
         if "segments" not in self.ref:
@@ -347,9 +350,9 @@ class Walk:
         same = along(mine, s.shape, 0) == along(theirs, s.shape, 1)
         return jnp.where(same, s, LEAST)
 
-    def _band(self, stream: Stream, t: Array, s: Array) -> Array:
-        over = self.first - t * self.plan.keys - stream.near
-        return within(over, stream.far - stream.near, 0, s)
+    def _band(self, tile: Tile, s: Array) -> Array:
+        over = self.first - tile.number * self.plan.keys - tile.near
+        return within(over, tile.far - tile.near, 0, s)
 
     def _memory(self, t: Array, s: Array) -> Array:
         plan, ref, item = self.plan, self.ref, self.item
@@ -358,7 +361,7 @@ class Walk:
         slots = pl.ds(rem(t, per_chunk) * plan.keys, plan.keys)
         head = item.head if ref["bias"].shape[2] > 1 else item.head * 0
         s = s + along(vector(ref["bias"].at[item.row, z, head, slots], BY_COLUMN), s.shape, 1)
-        if plan.chunk % ROWS:
+        if plan.chunk % BLOCK:
             place = iota(s.shape, 0) + (self.first - z * plan.chunk)
             s = jnp.where((place >= 0) & (place < plan.chunk), s, LEAST)
         if "reads" in ref:

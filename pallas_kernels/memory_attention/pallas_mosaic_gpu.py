@@ -80,7 +80,7 @@ _INTERPRETED_PROCESSORS = 2
 # and items whose own tiles are held at a time.
 TUNABLE: Mapping[str, tuple[int, ...]] = {
     "forward_keys": (64, 128),
-    "forward_stages": (2, 3, 4, 5, 6, 8),
+    "forward_stages": (3, 4, 5, 6, 8),
     "forward_slots": (1, 2),
     "dq_keys": (64, 128),
     "dq_stages": (3, 4, 6),
@@ -88,8 +88,8 @@ TUNABLE: Mapping[str, tuple[int, ...]] = {
     "dkv_stages": (2, 3, 4, 6),
     "dkv_slots": (1, 2),
 }
-# dq holds the tile before, works on one and awaits the next.
-_LEAST_STAGES = {"forward_stages": 2, "dq_stages": 3, "dkv_stages": 1}
+# By queries, the tile before is held while one is skipped and the next is worked on.
+_LEAST_STAGES = {"forward_stages": 3, "dq_stages": 3, "dkv_stages": 1}
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
