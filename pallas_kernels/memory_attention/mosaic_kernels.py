@@ -114,14 +114,16 @@ def _forward(
 
         lax.fori_loop(begin, end, one, None)
 
-    def weigh(seen: Tile, pending: Sequence[Any], state: Sequence[Array]) -> Any:
+    def weigh(
+        seen: Tile, pending: Sequence[Any], state: Sequence[Array], *, first: bool = False
+    ) -> Any:
         slot = slot_of(seen.step)
         plgpu.barrier_wait(sm["k_full"].at[slot])
 
         def update(values: Sequence[Array], state: Sequence[Array]) -> list[Array]:
             plgpu.barrier_arrive(sm["k_free"].at[slot])
             top, total = state[0], state[1]
-            s = walk.masked(seen, values[0])
+            s = walk.masked(seen, values[0], first=first)
             new_top = jnp.maximum(top, s.max(axis=1) * plan.scale)
             shrink = jnp.exp2(top - new_top)
             p = jnp.exp2(s * plan.scale - along(new_top, s.shape, 0))
@@ -153,7 +155,7 @@ def _forward(
     skip(i32(0), seen.step)
     nothing = filled(0, ROWS)
     state = [filled(FLOOR, ROWS), nothing, nothing, filled(0, ROWS, plan.keys)]
-    _, state = weigh(seen, [], state)
+    _, state = weigh(seen, [], state, first=True)
     carry = filled(0, ROWS, plan.K), state, seen.step
     o, state, last = lax.fori_loop(1, walk.count, later, carry)
     (o,) = accumulate(pending(last, o, state[3]), staging)
@@ -239,8 +241,9 @@ def _queries(
 
         lax.fori_loop(begin, end, one, None)
 
-    def gradient(seen: Tile, ahead: Array, s: Array, dp: Array) -> Array:
-        p = jnp.exp2(walk.masked(seen, s) * plan.scale - along(lse, s.shape, 0))
+    def gradient(seen: Tile, ahead: Array, s: Array, dp: Array, *, first: bool = False) -> Array:
+        logits = walk.masked(seen, s, first=first) * plan.scale
+        p = jnp.exp2(logits - along(lse, s.shape, 0))
         dl = lax.optimization_barrier(p * (dp - along(delta, s.shape, 0)))
 
         # Awaiting memory here also keeps the compiler from awaiting the tensor cores before all
@@ -292,7 +295,7 @@ def _queries(
     skip(i32(0), seen.step)
     plgpu.barrier_wait(sm["k_full"].at[slot_of(seen.step)])
     ahead = awaits_next(i32(0), seen.step - 1, seen.step)
-    dl = gradient(seen, ahead, *products(pairs(seen.step)))
+    dl = gradient(seen, ahead, *products(pairs(seen.step)), first=True)
     carry = filled(0, ROWS, plan.K), dl, seen.step, ahead
     dq, dl, last, _ = lax.fori_loop(1, walk.count, later, carry)
     (dq,) = accumulate(pending(last, dq, dl), staging)

@@ -319,6 +319,10 @@ class Walk:
             )
             self._streams.append((self.count, found))
             self.count, self.steps = self.count + span.size, self.steps + all_of_it.size
+        # A single tile of slots is the first that is seen: its bias can be loaded ahead, and the
+        # loop over all others knows no memory.
+        alone = plan.M == plan.keys and plan.chunk % BLOCK == 0
+        self._bias = self._load_bias(self.tile(i32(0)).number) if alone else None
 
     def tile(self, n: Array) -> Tile:
         """The n-th tile that is seen."""
@@ -332,13 +336,16 @@ class Walk:
         inside = (n + number >= begin) & (n + number < end)
         return Tile(n + number, n + step, inside.astype(jnp.int32), near, far, memory)
 
-    def masked(self, tile: Tile, s: Array) -> Array:
-        """Logits / scale [queries, keys of the tile] with `LEAST` where not seen."""
+    def masked(self, tile: Tile, s: Array, *, first: bool = False) -> Array:
+        """Logits / scale [queries, keys of the tile] with `LEAST` where not seen. `first`: it is
+        the first tile that is seen."""
         t = tile.number
+        if first and self._bias is not None:
+            return self._memory(t, self._bias, s)
         whole = functools.partial(self._one_document, t)
         kinds = [whole, lambda s: whole(self._band(tile, s))]
-        if self.plan.M:
-            kinds.append(functools.partial(self._memory, t))
+        if self.plan.M and self._bias is None:
+            kinds.append(lambda s: self._memory(t, self._load_bias(t), s))
         return lax.switch(jnp.where(tile.memory > 0, 2, 1 - tile.inside), kinds, s)
 
     def _one_document(self, t: Array, s: Array) -> Array:
@@ -354,14 +361,18 @@ class Walk:
         over = self.first - tile.number * self.plan.keys - tile.near
         return within(over, tile.far - tile.near, 0, s)
 
-    def _memory(self, t: Array, s: Array) -> Array:
-        plan, ref, item = self.plan, self.ref, self.item
+    def _load_bias(self, t: Array) -> Array:
+        plan, bias = self.plan, self.ref["bias"]
         per_chunk = plan.M // plan.keys
-        z = div(t, per_chunk)
         slots = pl.ds(rem(t, per_chunk) * plan.keys, plan.keys)
-        head = item.head if ref["bias"].shape[2] > 1 else item.head * 0
-        s = s + along(vector(ref["bias"].at[item.row, z, head, slots], BY_COLUMN), s.shape, 1)
+        head = self.item.head if bias.shape[2] > 1 else self.item.head * 0
+        return vector(bias.at[self.item.row, div(t, per_chunk), head, slots], BY_COLUMN)
+
+    def _memory(self, t: Array, bias: Array, s: Array) -> Array:
+        plan, ref, item = self.plan, self.ref, self.item
+        s = s + along(bias, s.shape, 1)
         if plan.chunk % BLOCK:
+            z = div(t, plan.M // plan.keys)
             place = iota(s.shape, 0) + (self.first - z * plan.chunk)
             s = jnp.where((place >= 0) & (place < plan.chunk), s, LEAST)
         if "reads" in ref:

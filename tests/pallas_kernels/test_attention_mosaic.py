@@ -35,10 +35,12 @@ GPU = AbstractMesh((), (), abstract_device=H100)
 KERNEL, TRITON = "mosaic_gpu_v2", "__gpu$xla.gpu.triton"
 
 # All B, L, H, G, K, W, F, M, C, and the tokens of a document. In turn: every border inside tiles,
-# heads shared; borders on those of tiles, two warpgroups of slots; documents; many memories in a
-# tile and full attention; plain window; keys of the state alone; one token.
+# heads shared; memories of a tile, each a block's; borders on those of tiles, two warpgroups of
+# slots; documents; many memories in a tile and full attention; plain window; keys of the state
+# alone; one token.
 SHAPES = {
     "inside": (AttentionShape(1, 300, 2, 1, 64, 70, 40, 20, 48), None),
+    "one_tile": (AttentionShape(1, 300, 2, 1, 64, 70, 40, 50, 128), 140),
     "aligned": (AttentionShape(1, 384, 1, 1, 128, 128, 128, 128, 64), None),
     "documents": (AttentionShape(2, 200, 1, 1, 64, 50, 40, 40, 64), 90),
     "full": (AttentionShape(1, 200, 1, 1, 64, 1000, 0, 70, 16), None),
