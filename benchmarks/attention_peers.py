@@ -150,6 +150,9 @@ def flex(
     """
     torch = importlib.import_module("torch")
     attention = importlib.import_module("torch.nn.attention.flex_attention")
+    # Else the first backward pass decides that none may be run again.
+    config: Any = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False
     B, L, H, G, K = shape
 
     def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:

@@ -16,10 +16,7 @@ fusion belongs to what its root is from. "idle" is the rest of the step.
 `XLA_FLAGS=--xla_gpu_deterministic_ops=true`, as `train.py` sets it, shows what training pays.
 """
 
-import collections
 import dataclasses
-import glob
-import gzip
 import json
 import math
 import os
@@ -28,33 +25,20 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import timing
+from benchmarks import profiling, timing
 from benchmarks.record import Record
 from bmojo_jax import metrics, presets, sharding, trainer
 from bmojo_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from bmojo_jax.data.tokenizers import ByteTokenizer
 
-# What is looked for in where an operation is from, and in its own name, in this order; the first
-# that is there names the part.
-PARTS: Mapping[str, Sequence[str]] = {
-    "optimizer": ("optimizer",),
-    "loss": ("loss",),
-    "scan": ("selective_scan",),
-    "attention": ("memory_attention", "dot_product_attention"),
-    "selection": ("remember", "innovation"),
-    "convolution": ("causal_conv",),
-    "matrix products": ("dot", "gemm", "cublas", "custom-call"),
-}
-REST, IDLE = "norms and other elementwise", "idle"
 _WARM_STEPS = 2
 
 _OUTPUT = flags.DEFINE_string("output", None, "JSON to write, or to draw.")
@@ -125,12 +109,8 @@ def measure(config: TrainConfig) -> dict[str, Any]:
             losses.append(float(measured["loss"]))
             seconds.append(time.perf_counter() - start)
         step = statistics.median(seconds[_WARM_STEPS:])
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                state, measured = compiled(state, batch)
-                jax.block_until_ready(measured)
-            kernels = _kernels(folder)
-    names = operation_names(compiled.as_text())
+        kernels = profiling.kernels(lambda: compiled(state, batch))
+    names = profiling.operation_names(compiled.as_text())
     tokens = config.data.batch_size * config.data.sequence_length
     result = {
         "device": device.device_kind,
@@ -141,8 +121,8 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         "step_s": step,
         "steps_s": seconds[_WARM_STEPS:],
         "tokens_per_s": tokens / step,
-        "parts": by_part(kernels, names, step),
-        "longest": longest(kernels, names),
+        "parts": profiling.by_part(kernels, names, step),
+        "longest": profiling.longest(kernels, names),
     }
     if (stats := device.memory_stats()) is not None:
         result["peak_bytes"] = stats["peak_bytes_in_use"]
@@ -152,49 +132,6 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     if not (all(map(math.isfinite, losses)) and losses[-1] < losses[0]):
         result["wrong"] = f"the losses of one batch do not fall: {losses}"
     return result
-
-
-def _kernels(folder: str) -> list[tuple[str, float]]:
-    """Operation and seconds of everything that ran on the device while it was traced."""
-    (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
-    with gzip.open(path) as file:
-        events = json.load(file)["traceEvents"]
-    return [
-        (event["args"]["hlo_op"], event["dur"] / 1e6)
-        for event in events
-        if event.get("ph") == "X" and "hlo_op" in event.get("args", {})
-    ]
-
-
-def operation_names(text: str) -> dict[str, str]:
-    """Of each instruction of a compiled program, where in the model it is from."""
-    found = re.findall(r"%?([\w.-]+) = [^\n]*?metadata=\{[^}]*?op_name=\"([^\"]*)\"", text)
-    return dict(found)
-
-
-def by_part(
-    kernels: Iterable[tuple[str, float]], names: Mapping[str, str], step: float
-) -> dict[str, float]:
-    """Seconds of a step by part, those beyond all kernels as `IDLE`."""
-    seconds: dict[str, float] = collections.defaultdict(float)
-    for operation, duration in kernels:
-        name = f"{names.get(operation, '')} {operation}"
-        part = next((p for p, marks in PARTS.items() if any(m in name for m in marks)), REST)
-        seconds[part] += duration
-    idle = step - sum(seconds.values())
-    order = [*PARTS, REST]
-    return {part: seconds[part] for part in order if part in seconds} | {IDLE: max(idle, 0.0)}
-
-
-def longest(
-    kernels: Iterable[tuple[str, float]], names: Mapping[str, str], count: int = 30
-) -> list[list[Any]]:
-    """Seconds of a step, operation, and where it is from, of those that take longest."""
-    seconds: dict[str, float] = collections.defaultdict(float)
-    for operation, duration in kernels:
-        seconds[operation] += duration
-    order = sorted(seconds, key=lambda operation: -seconds[operation])[:count]
-    return [[seconds[operation], operation, names.get(operation, "")] for operation in order]
 
 
 def alone(case: str) -> dict[str, Any]:
@@ -247,7 +184,7 @@ def draw(content: Mapping[str, Any], path: pathlib.Path) -> None:
     speed.legend()
     places = [f"{row['family']} {row['L']}" for row in rows]
     left = [0.0] * len(rows)
-    for number, part in enumerate([*PARTS, REST, IDLE]):
+    for number, part in enumerate([*profiling.PARTS, profiling.REST, profiling.IDLE]):
         widths = [1e3 * row["parts"].get(part, 0.0) for row in rows]
         shares.barh(places, widths, left=left, color=f"C{number}", label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]

@@ -90,7 +90,7 @@ def loss_sums(
     x_BLD = model.hidden_states(
         config.model, params, batch["inputs"], positions_BL=batch["positions"]
     )
-    with jax.named_scope("loss"):
+    with jax.named_scope("cross_entropy"):
         loss = losses.cross_entropy(
             x_BLD,
             model.output_weights(config.model, params),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import parts, scan_accuracy, scan_programs, scan_tuning, timing
+from benchmarks import parts, profiling, scan_accuracy, scan_programs, scan_tuning, timing
 from pallas_kernels import blocks
 from pallas_kernels.selective_scan import api, xla
 from pallas_kernels.shapes import SCAN_CASES
@@ -267,6 +267,23 @@ def test_timing_walks_through_all_sets() -> None:
     assert times["slow"].low <= times["slow"].median <= times["slow"].high
     rounds = [name for name in calls[-3 * (2 + times["fast"].calls) :] if name != "fast"]
     assert rounds == ["slow", "slow too"] * 3
+
+
+def test_hidden_device_time_is_from_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of calls that the host takes longer to enqueue than the device to run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    sets = [(jnp.full((64, 64), value),) for value in (1.0, 2.0)]
+    job = timing.Job(jax.jit(lambda v: v @ v + 1), sets)
+    monkeypatch.setattr(timing.Timing, "host_bound", True)
+    record = timing.measure({"it": job}, samples=2)["it"].record()
+    assert record["from_profile"] and 0 < record["ms"] < 1
+    monkeypatch.setattr(profiling, "kernels", lambda run: [("a", 0.3), ("b", 0.9)])
+    record = timing.measure({"it": job}, samples=2)["it"].record()
+    calls = 3 * len(sets)  # three times through both sets
+    assert record["ms"] == pytest.approx(1200 / calls)
+    monkeypatch.setattr(timing.Timing, "host_bound", False)
+    record = timing.measure({"it": job}, samples=2)["it"].record()
+    assert not record["from_profile"] and record["ms"] == record["wall_ms"]
 
 
 def test_short_calls_are_timed_together() -> None:
