@@ -155,33 +155,37 @@ def measure_flex(shape: AttentionShape, exact: Exact) -> list[dict[str, Any]]:
 
         rows = []
         for kind, run in (("forward", forward), ("backward", backward)):
-            samples = _torch_samples(torch, run, len(sets))
-            low, median, high = np.quantile(samples, [0.25, 0.5, 0.75])
-            rows.append(
-                row
-                | {"kind": kind, "ms": 1e3 * median, "quartiles_ms": [1e3 * low, 1e3 * high]}
-                | {"samples": len(samples)}
-            )
+            rows.append(row | {"kind": kind} | _torch_timing(torch, run, len(sets)).record())
         return rows
     except Exception as error:
         return [row | {"wrong": scan_accuracy.in_short(error)}]
 
 
-def _torch_samples(torch: Any, run: Callable[[int], None], sets: int) -> list[float]:
-    """Seconds per call; a sample is some 10 ms of calls that walk through the sets."""
+def _torch_timing(torch: Any, run: Callable[[int], None], sets: int) -> timing.Timing:
+    """As `timing.measure` does it: a sample is some 10 ms of calls that walk through the sets."""
 
-    def sample(calls: int) -> float:
+    def sample(calls: int) -> tuple[float, float]:
         torch.cuda.synchronize()
         start = time.perf_counter()
         for call in range(calls):
             run(call % sets)
+        host = time.perf_counter() - start
         torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls
+        return (time.perf_counter() - start) / calls, host / calls
 
     sample(3)
-    calls = max(sets, int(0.01 / sample(sets)))
+    calls = max(sets, int(0.01 / sample(sets)[0]))
     sample(calls)
-    return [sample(calls) for _ in range(_SAMPLES.value)]
+    seconds, host = zip(*(sample(calls) for _ in range(_SAMPLES.value)), strict=True)
+    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
+    times = timing.Timing(median, low, high, len(seconds), calls, float(np.median(host)))
+    if not times.host_bound:
+        return times
+    profiler = importlib.import_module("torch.profiler")
+    with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as profile:
+        sample(calls)
+    microseconds = sum(event.self_device_time_total for event in profile.key_averages())
+    return times._replace(device=1e-6 * microseconds / calls or None)
 
 
 def _flex_results(attend: Callable[..., Any], exact: Exact) -> dict[str, np.ndarray]:

@@ -26,7 +26,8 @@ REST, IDLE = "norms and other elementwise", "idle"
 
 
 def kernels(run: Callable[[], Any]) -> list[tuple[str, float]]:
-    """Operation of the compiled program and seconds of everything that `run()` has the device do.
+    """Operation of the compiled program and seconds of everything that `run()` has the device do,
+    in order.
 
     It returns what to wait for. Where the backend's trace has no such events: an empty list."""
     with tempfile.TemporaryDirectory() as folder:
@@ -35,6 +36,7 @@ def kernels(run: Callable[[], Any]) -> list[tuple[str, float]]:
         (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
         with gzip.open(path) as file:
             events = json.load(file)["traceEvents"]
+    events.sort(key=lambda event: event.get("ts", 0))
     return [
         (event["args"]["hlo_op"], event["dur"] / 1e6)
         for event in events

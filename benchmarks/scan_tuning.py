@@ -58,7 +58,7 @@ class Search:
         times = timing.measure(jobs, samples=samples)
 
         def score(name: str) -> float:
-            ratios = [times[name, kind].median / times[first, kind].median for kind in _KINDS]
+            ratios = [times[name, kind].seconds / times[first, kind].seconds for kind in _KINDS]
             return sum(ratios) / len(ratios)
 
         return refused | {name: score(name) for name in choices if name not in refused}

@@ -3,9 +3,8 @@
 A sample enqueues many calls and waits once, so that the device and not the host sets its time.
 Calls walk through several sets of arguments, and as many results are kept, so that neither lies in
 the device's cache when its turn comes. The samples of all jobs alternate: a drift of clocks or
-temperature hits every job alike. Where a call is so short that the host could not keep up, one
-program runs all sets in turn; where even launching its kernels takes the host as long as the device
-runs them, the time is that of the kernels in a profile.
+temperature hits every job alike. Where a call is so short that the host cannot keep up, its time is
+that of its kernels in a profile, the median over calls.
 """
 
 import collections
@@ -26,13 +25,11 @@ from benchmarks import profiling
 ROTATED_BYTES = 150e6
 _MOST_SETS = 8
 _SAMPLE_SECONDS = 0.01
-_MOST_DISPATCHES = 256
+_MOST_CALLS = 256
 _WARM_ROUNDS = 3
-_PROFILED_ROUNDS = 3
-# Below this a dispatch from Python, some 0.05 to 0.2 ms, is a large part of a call.
-_SHORT_SECONDS = 1e-3
-# Dispatches after which the host's time is read: runtimes block once some 30 are in flight.
-_HOST_DISPATCHES = 16
+_PROFILED_CALLS = 24
+# Calls after which the host's time is read: runtimes block once some 30 are in flight.
+_HOST_CALLS = 16
 _COPIED_VALUES = 2**26  # of float32
 
 
@@ -55,13 +52,18 @@ class Timing(NamedTuple):
     device: float | None = None  # of its kernels in a profile, where the host's time hides it
 
     @property
+    def seconds(self) -> float:
+        """Of the device, if there is anything to tell it by."""
+        return self.median if self.device is None else self.device
+
+    @property
     def host_bound(self) -> bool:
         return self.host > 0.8 * self.median
 
     def record(self) -> dict[str, Any]:
         """For JSON, in milliseconds."""
         return {
-            "ms": 1e3 * (self.median if self.device is None else self.device),
+            "ms": 1e3 * self.seconds,
             "wall_ms": 1e3 * self.median,
             "quartiles_ms": [1e3 * self.low, 1e3 * self.high],
             "samples": self.samples,
@@ -76,48 +78,43 @@ class _Sampler:
     """Samples of one job."""
 
     def __init__(self, job: Job):
-        self._use(job, calls_per_dispatch=1)
-        self.dispatches = 1
-        self.sample()
-        self.dispatches = len(job.arguments)
-        seconds, _ = self.sample()
-        if seconds < _SHORT_SECONDS:
-            together = jax.jit(lambda sets: [job.function(*one) for one in sets])
-            self._use(Job(together, [(tuple(job.arguments),)]), len(job.arguments))
-            self.dispatches = 1
-            self.sample()
-            seconds, _ = self.sample()
-        wanted = math.ceil(_SAMPLE_SECONDS / (seconds * self.calls_per_dispatch))
-        self.dispatches = min(_MOST_DISPATCHES, max(len(self.job.arguments), wanted))
-
-    def _use(self, job: Job, calls_per_dispatch: int) -> None:
-        self.job, self.calls_per_dispatch = job, calls_per_dispatch
+        self.job = job
         self.kept = collections.deque[Any](maxlen=len(job.arguments))
-
-    @property
-    def calls(self) -> int:
-        return self.dispatches * self.calls_per_dispatch
+        self.calls = 1
+        self.sample()
+        self.calls = len(job.arguments)
+        seconds, _ = self.sample()
+        wanted = math.ceil(_SAMPLE_SECONDS / seconds)
+        self.calls = min(_MOST_CALLS, max(len(job.arguments), wanted))
 
     def sample(self) -> tuple[float, float]:
         """Seconds per call, all and of the host alone."""
         function, arguments = self.job
-        early, host = min(self.dispatches, _HOST_DISPATCHES), 0.0
+        early, host = min(self.calls, _HOST_CALLS), 0.0
         start = time.perf_counter()
-        for number in range(self.dispatches):
+        for number in range(self.calls):
             self.kept.append(function(*arguments[number % len(arguments)]))
             if number + 1 == early:
                 host = time.perf_counter() - start
         jax.block_until_ready(self.kept[-1])
-        seconds = time.perf_counter() - start
-        return seconds / self.calls, host / (early * self.calls_per_dispatch)
+        return (time.perf_counter() - start) / self.calls, host / early
 
     def device_seconds(self) -> float | None:
         """Of a call's kernels; None if the profile has none."""
         function, arguments = self.job
-        dispatches = [one for _ in range(_PROFILED_ROUNDS) for one in arguments]
-        kernels = profiling.kernels(lambda: [function(*one) for one in dispatches])
-        calls = len(dispatches) * self.calls_per_dispatch
-        return sum(seconds for _, seconds in kernels) / calls or None
+        rounds = -(-_PROFILED_CALLS // len(arguments))
+        results: list[Any] = []
+
+        def run() -> Any:
+            for _ in range(rounds):
+                results[:] = [function(*one) for one in arguments]
+            return results
+
+        seconds = [duration for _, duration in profiling.kernels(run)]
+        count, more = divmod(len(seconds), rounds * len(arguments))
+        if not count or more:  # not as many for each call
+            return sum(seconds) / (rounds * len(arguments)) or None
+        return statistics.median(sum(seconds[i : i + count]) for i in range(0, len(seconds), count))
 
 
 def measure[Name](jobs: Mapping[Name, Job], *, samples: int) -> dict[Name, Timing]:
@@ -166,7 +163,7 @@ def copied_bytes_per_second(*, samples: int) -> float:
     """Read and written, of a copy that is far larger than any cache: what memory can do."""
     sets = [(jnp.full(_COPIED_VALUES, value, jnp.float32),) for value in (1.0, 2.0)]
     job = Job(jax.jit(lambda v: -v), sets)
-    return 2 * nbytes(sets[0]) / measure({"copy": job}, samples=samples)["copy"].median
+    return 2 * nbytes(sets[0]) / measure({"copy": job}, samples=samples)["copy"].seconds
 
 
 def nbytes(tree: Any) -> int:

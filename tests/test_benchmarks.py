@@ -277,19 +277,13 @@ def test_hidden_device_time_is_from_the_profile(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(timing.Timing, "host_bound", True)
     record = timing.measure({"it": job}, samples=2)["it"].record()
     assert record["from_profile"] and 0 < record["ms"] < 1
-    monkeypatch.setattr(profiling, "kernels", lambda run: [("a", 0.3), ("b", 0.9)])
+    two_of_each = [("a", 0.001), ("b", 0.002)] * 20 + [("a", 0.001), ("b", 0.009)] * 4
+    monkeypatch.setattr(profiling, "kernels", lambda run: two_of_each)
     record = timing.measure({"it": job}, samples=2)["it"].record()
-    calls = 3 * len(sets)  # three times through both sets
-    assert record["ms"] == pytest.approx(1200 / calls)
+    assert record["ms"] == pytest.approx(3)  # the median of calls
     monkeypatch.setattr(timing.Timing, "host_bound", False)
     record = timing.measure({"it": job}, samples=2)["it"].record()
     assert not record["from_profile"] and record["ms"] == record["wall_ms"]
-
-
-def test_short_calls_are_timed_together() -> None:
-    sets = [(jnp.full(3, value),) for value in (1.0, 2.0, 3.0)]
-    (times,) = timing.measure({"it": timing.Job(jax.jit(lambda v: -v), sets)}, samples=2).values()
-    assert times.calls % 3 == 0 and times.calls > 3
 
 
 def planted() -> Any:
