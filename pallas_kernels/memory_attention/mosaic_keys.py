@@ -24,6 +24,7 @@ from pallas_kernels.memory_attention.mosaic_tiles import (
     Refs,
     Span,
     accumulate,
+    all_alike,
     along,
     div,
     each_slot,
@@ -161,9 +162,14 @@ def _keys(
     first = item.first + offset
     rows = pl.ds(first, ROWS)
     loaded, seen = item.queries(i32(0), item.size), item.queries(offset, ROWS)
-    documents = None
-    if "segments" in ref and not item.memory:
+    # What tells a query's document from another: its id, or for a memory whether it reads it.
+    told_by = "reads" if item.memory else "segments"
+    documents, document, one_document = None, i32(1), jnp.bool_(True)
+    if told_by in ref and not item.memory:
         documents = vector(ref["segments"].at[item.row, rows], BY_ROW)
+        ends = ref["segments_range"]
+        document = ends[item.row, div(first, ROWS), 0]
+        one_document = document == ends[item.row, div(first, ROWS), 1]
     plgpu.barrier_wait(sm["k_full"].at[at])
     k, v = (sm[name].at[at, pl.ds(offset, ROWS)] for name in ("k", "v"))
 
@@ -190,21 +196,26 @@ def _keys(
                     s = jnp.where((place >= 0) & (place < plan.chunk), s, LEAST)
             elif cut:
                 s = within(t * ROWS - first - item.near, item.far - item.near, 1, s)
-            if "segments" in ref:
-                theirs = ref["segments" if documents is not None else "reads"]
-                theirs = vector(theirs.at[item.row, pl.ds(t * ROWS, ROWS)], BY_COLUMN)
-                mine = filled(1, ROWS).astype(jnp.int32) if documents is None else documents
-                s = jnp.where(along(mine, s.shape, 0) == along(theirs, s.shape, 1), s, LEAST)
             return s
+
+        def of_others(s: Array, t: Array) -> Array:
+            """`LEAST` where query and key, or memory, are of different documents."""
+            theirs = vector(ref[told_by].at[item.row, pl.ds(t * ROWS, ROWS)], BY_COLUMN)
+            mine = filled(1, ROWS).astype(jnp.int32) if documents is None else documents
+            return jnp.where(along(mine, s.shape, 0) == along(theirs, s.shape, 1), s, LEAST)
 
         def visit(cut: bool, t: Array, carry: Any) -> Any:
             dk, dv, *dbias = carry
             slot = slot_of(t)
+            alike = one_document & all_alike(ref, told_by, item.row, t, document, tiles=1)
             q, do = sm["q"].at[slot], sm["do"].at[slot]
             plgpu.barrier_wait(sm["q_full"].at[slot])
             s, dp = products([(k, q.transpose((1, 0))), (v, do.transpose((1, 0)))])
             lse, delta = (plgpu.load(sm["stats"].at[slot, i], layout=BY_COLUMN) for i in (0, 1))
-            p = jnp.exp2(masked(s, t, cut) * plan.scale - along(lse, s.shape, 1))
+            s = masked(s, t, cut)
+            if told_by in ref:
+                s = lax.cond(alike, lambda s: s, lambda s: of_others(s, t), s)
+            p = jnp.exp2(s * plan.scale - along(lse, s.shape, 1))
             dl = p * (dp - along(delta, s.shape, 1))
             dv, dk = accumulate([(dv, p.astype(dtype), do), (dk, dl.astype(dtype), q)], staging)
             plgpu.barrier_arrive(sm["q_free"].at[slot])

@@ -208,6 +208,20 @@ def over_items(plan: Plan, total: int, body: Callable[[Array, Array, Any], Any],
     )
 
 
+def all_alike(ref: Refs, name: str, row: Array, tile: Array, value: Array, *, tiles: int) -> Array:
+    """Whether segments, or reads, of `tiles` tiles of 64 tokens, the first one given, are all
+    `value`: true where there are none at all, false beyond the row."""
+    if f"{name}_range" not in ref:
+        return jnp.bool_(True)
+    ends = ref[f"{name}_range"]
+    alike = tile + tiles <= ends.shape[1]
+    for i in range(tiles):
+        at = jnp.minimum(tile + i, ends.shape[1] - 1)
+        for end in (0, 1):
+            alike &= ends[row, at, end] == value
+    return alike
+
+
 class Queries:
     """What a block of a kernel by queries works on: a tile of queries of one head."""
 
@@ -272,12 +286,12 @@ def key_tiles(plan: Plan, ref: Refs, item: Queries) -> Sequence[Callable[[Array]
 
 
 class Tile(NamedTuple):
-    """The tile of keys number `number` of a stream: which of the block's loads it is, whether no
-    border cuts it; near and far of its band; whether it is of a memory."""
+    """The tile of keys number `number` of a stream: which of the block's loads it is, whether all
+    of it is seen by all; near and far of its band; whether it is of a memory."""
 
     number: Array
     step: Array
-    inside: Array
+    whole: Array
     near: Array
     far: Array
     memory: Array
@@ -303,6 +317,12 @@ class Walk:
         zero = 0 * first
         self.count = self.steps = zero
         # Of each stream: how many tiles are seen before it, and what its tiles have in common.
+        # The document of the first query, and whether it is that of all.
+        self._document, self._one_document = zero, jnp.bool_(True)
+        if "segments_range" in ref:
+            tile = div(first, ROWS)
+            self._document = ref["segments_range"][item.row, tile, 0]
+            self._one_document = self._document == ref["segments_range"][item.row, tile, 1]
         self._streams: list[tuple[Array, Any]] = []
         for i, (all_of_it, span, (near, far)) in enumerate(zip(loaded, seen, bands, strict=True)):
             number = span.begin - self.count
@@ -333,8 +353,12 @@ class Walk:
                 lambda new, old, later=later: jnp.where(later, new, old), found, chosen
             )
         number, step, begin, end, near, far, memory = chosen
-        inside = (n + number >= begin) & (n + number < end)
-        return Tile(n + number, n + step, inside.astype(jnp.int32), near, far, memory)
+        t, tiles = n + number, self.plan.keys // ROWS
+        whole = (t >= begin) & (t < end) & self._one_document
+        whole &= all_alike(
+            self.ref, "segments", self.item.row, t * tiles, self._document, tiles=tiles
+        )
+        return Tile(t, n + step, whole.astype(jnp.int32), near, far, memory)
 
     def masked(self, tile: Tile, s: Array, *, first: bool = False) -> Array:
         """Logits / scale [queries, keys of the tile] with `LEAST` where not seen. `first`: it is
@@ -342,13 +366,12 @@ class Walk:
         t = tile.number
         if first and self._bias is not None:
             return self._memory(t, self._bias, s)
-        whole = functools.partial(self._one_document, t)
-        kinds = [whole, lambda s: whole(self._band(tile, s))]
+        kinds = [lambda s: s, lambda s: self._documents(t, self._band(tile, s))]
         if self.plan.M and self._bias is None:
             kinds.append(lambda s: self._memory(t, self._load_bias(t), s))
-        return lax.switch(jnp.where(tile.memory > 0, 2, 1 - tile.inside), kinds, s)
+        return lax.switch(jnp.where(tile.memory > 0, 2, 1 - tile.whole), kinds, s)
 
-    def _one_document(self, t: Array, s: Array) -> Array:
+    def _documents(self, t: Array, s: Array) -> Array:
         if "segments" not in self.ref:
             return s
         n, segments = self.plan.keys, self.ref["segments"]
@@ -375,7 +398,12 @@ class Walk:
             z = div(t, plan.M // plan.keys)
             place = iota(s.shape, 0) + (self.first - z * plan.chunk)
             s = jnp.where((place >= 0) & (place < plan.chunk), s, LEAST)
-        if "reads" in ref:
+        if "reads" not in ref:
+            return s
+
+        def readers(s: Array) -> Array:
             reads = vector(ref["reads"].at[item.row, pl.ds(self.first, ROWS)], BY_ROW)
-            s = jnp.where(along(reads, s.shape, 0) > 0, s, LEAST)
-        return s
+            return jnp.where(along(reads, s.shape, 0) > 0, s, LEAST)
+
+        all_read = all_alike(ref, "reads", item.row, div(self.first, ROWS), i32(1), tiles=1)
+        return lax.cond(all_read, lambda s: s, readers, s)

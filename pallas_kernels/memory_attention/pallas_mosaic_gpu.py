@@ -6,7 +6,8 @@ kernel, the memories in another), which recompute the weights from lse. No atomi
 depend on the order of blocks. Cost O(L (W + F + M)), memory O(L) beyond inputs and outputs. Nothing
 is copied unless L is no multiple of 128 or M none of 64: then tokens or slots are padded.
 
-Documents are told apart by comparing ids on every tile; a document's end skips none.
+Documents are told apart by comparing ids, of tiles that are not all of one document, of which the
+least and the largest id are equal; a document's end skips none.
 
 bfloat16 products with float32 accumulation; softmax, lse and sums in float32.
 
@@ -196,7 +197,8 @@ def _by_keys(inputs: Mapping[str, Array], plan: Plan, *, memory: bool) -> dict[s
     if memory and items < plan.processors:
         plan = dataclasses.replace(plan, summed=1)
     streams = [f"{s}{name}" for s in (["memory_"] if memory else plan.bands) for name in "kv"]
-    read = ["q", "do", "stats", "segments", *streams, *(["bias", "reads"] if memory else [])]
+    told_by = "reads" if memory else "segments"
+    read = ["q", "do", "stats", told_by, f"{told_by}_range", *streams, *["bias"] * memory]
     inputs = {name: v for name, v in inputs.items() if name in read}
     tile = _Tiles(plan, inputs["q"].dtype)
     scratch: dict[str, Any] = {
@@ -310,6 +312,10 @@ def _inputs(x: Operands, spec: Spec, plan: Plan) -> dict[str, Array]:
             owner = jnp.take(x.segment_ids_BL, first, axis=1)
             inputs["reads"] = (x.segment_ids_BL == owner).astype(jnp.int32)
     inputs = {name: _longer(v, plan.length, axis=1) for name, v in inputs.items()}
+    for name in ("segments", "reads"):
+        if name in inputs:
+            tiles = inputs[name].reshape(-1, plan.length // ROWS, ROWS)
+            inputs[f"{name}_range"] = jnp.stack([tiles.min(2), tiles.max(2)], axis=2)
     return inputs | _memories(x, spec, plan)
 
 
