@@ -123,7 +123,7 @@ def parts_of(case: Case, implementation: str | None, seed: int) -> dict[str, Par
         }
 
     def convolution(conv: CausalConv, x_BLE: jax.Array) -> Arrays:
-        return {"x_BLE": jax.nn.silu(conv(x_BLE, documents.positions_BL))}
+        return {"x_BLE": conv(x_BLE, documents.positions_BL)}
 
     def scan(arrays: Arrays) -> Arrays:
         return {"y_BLE": selective_scan(**arrays, implementation=implementation).y_BLE}

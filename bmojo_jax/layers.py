@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+import pallas_kernels
+
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype of accumulation: float32, or float64 for float64 inputs."""
@@ -29,38 +31,6 @@ def rms_norm(
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     scale = scale_D.reshape((1,) * (x.ndim - 1) + scale_D.shape)
     return (wide * inverse * scale).astype(x.dtype)
-
-
-def causal_conv(
-    x_BLE: Float[Array, "B L E"],
-    kernel_TE: Float[Array, "T E"],
-    bias_E: Float[Array, " E"],
-    positions_BL: Int[Array, "B L"],
-    tail_BSE: Float[Array, "B S E"] | None = None,
-) -> Float[Array, "B L E"]:
-    """Depthwise causal convolution: y_t = bias + sum_k kernel_{T-1-k} x_{t-k}.
-
-    Taps that lie before the start of t's document, or before the row, count as zero.
-
-    Args:
-      positions_BL: of each token in its document.
-      tail_BSE: the S = T - 1 inputs before the row (decoding); None: there are none.
-    """
-    taps = kernel_TE.shape[0]
-    length = x_BLE.shape[1]
-    if tail_BSE is None:
-        padded = jnp.pad(x_BLE, ((0, 0), (taps - 1, 0), (0, 0)))
-    else:
-        padded = jnp.concatenate([tail_BSE.astype(x_BLE.dtype), x_BLE], axis=1)
-    wide = at_least_float32(x_BLE.dtype)
-    y_BLE = jnp.broadcast_to(bias_E[None, None, :], x_BLE.shape).astype(wide)
-    for back in range(taps):
-        first = taps - 1 - back
-        shifted = padded[:, first : first + length].astype(wide)
-        if back:
-            shifted = jnp.where((positions_BL >= back)[:, :, None], shifted, 0)
-        y_BLE = y_BLE + kernel_TE[first][None, None, :] * shifted
-    return y_BLE.astype(x_BLE.dtype)
 
 
 def rotary(
@@ -157,7 +127,8 @@ class Projection(nnx.Module):
 
 
 class CausalConv(nnx.Module):
-    """`causal_conv` with its kernel [T, E] and bias [E], uniform within ±T^-0.5 as in Mamba-1."""
+    """`pallas_kernels.causal_conv`, SiLU included, with its kernel [T, E] and bias [E], uniform
+    within ±T^-0.5 as in Mamba-1."""
 
     def __init__(self, width: int, taps: int, *, rngs: nnx.Rngs):
         bound = taps**-0.5
@@ -166,7 +137,7 @@ class CausalConv(nnx.Module):
         self.bias = nnx.Param(draw(rngs.params(), (width,), jnp.float32, -bound, bound))
 
     def __call__(self, x_BLE: Array, positions_BL: Array, tail_BSE: Array | None = None) -> Array:
-        return causal_conv(x_BLE, *self.weights(), positions_BL, tail_BSE)
+        return pallas_kernels.causal_conv(x_BLE, *self.weights(), positions_BL, tail_BSE)
 
     def weights(self) -> tuple[Array, Array]:
         """kernel_TE, bias_E."""

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
-from bmojo_jax import context, layers, memory, sharding
+from bmojo_jax import context, memory, sharding
 from bmojo_jax.sharding import BATCH, CONTEXT
 
 P = PartitionSpec
@@ -96,7 +96,7 @@ def causal_conv(
     bias_E: Float[Array, " E"],
     positions_BL: Int[Array, "B L"],
 ) -> Float[Array, "B L E"]:
-    """`layers.causal_conv` of whole rows."""
+    """`pallas_kernels.causal_conv` of whole rows."""
     arrays = {
         "x_BLE": x_BLE,
         "kernel_TE": kernel_TE,
@@ -104,12 +104,12 @@ def causal_conv(
         "positions_BL": positions_BL,
     }
     pieces = _pieces(x_BLE.shape[1])
-    if pieces == 1 or kernel_TE.shape[0] == 1:  # XLA cuts it, and fuses it with what is around
-        return layers.causal_conv(**arrays)
 
-    def operation(x_BLE: Array, kernel_TE: Array, **others: Array) -> tuple[Array]:
-        tail_BSE = context.halo(x_BLE, kernel_TE.shape[0] - 1)
-        return (layers.causal_conv(x_BLE, kernel_TE, tail_BSE=tail_BSE, **others),)
+    def operation(x_BLE: Array, kernel_TE: Array, **others: Any) -> tuple[Array]:
+        taps, tail_BSE = kernel_TE.shape[0], None
+        if pieces > 1 and taps > 1:
+            tail_BSE = context.halo(x_BLE, taps - 1)
+        return (pallas_kernels.causal_conv(x_BLE, kernel_TE, tail_BSE=tail_BSE, **others),)
 
     return _per_device(operation, ["y_BLE"], arrays, pieces=pieces)[0]
 

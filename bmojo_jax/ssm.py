@@ -62,7 +62,6 @@ class Mamba(nnx.Module):
         """The whole pass: rows start with an empty state."""
         x_BLE, z_BLE = self._inputs(u_BLD)
         x_BLE = operations.causal_conv(x_BLE, *self.conv.weights(), documents.positions_BL)
-        x_BLE = jax.nn.silu(x_BLE)
         dt_BLE, b_BLN, c_BLN = self._selection(x_BLE)
         y_BLE, _ = self._scan(x_BLE, dt_BLE, b_BLN, c_BLN, z_BLE, documents.reset_BL, None)
         return self._output(y_BLE)
@@ -76,7 +75,7 @@ class Mamba(nnx.Module):
         """Continues every row by a piece; what lies beyond a row's length is ignored."""
         x_BLE, z_BLE = self._inputs(u_BLD)
         tail_BTE = shift(cache.tail_BTE, x_BLE, piece.length_B)
-        x_BLE = jax.nn.silu(self.conv(x_BLE, piece.positions_BL, cache.tail_BTE))
+        x_BLE = self.conv(x_BLE, piece.positions_BL, cache.tail_BTE)
         dt_BLE, b_BLN, c_BLN = self._selection(x_BLE)
         dt_BLE = jnp.where(piece.real_BL[:, :, None], dt_BLE, NEUTRAL_DT)
         reset_BL = (piece.positions_BL == 0) & piece.real_BL
@@ -84,8 +83,9 @@ class Mamba(nnx.Module):
         return self._output(y_BLE), SsmCache(tail_BTE=tail_BTE, h_BEN=h_BEN)
 
     def _inputs(self, u_BLD):
-        xz_BL2E = self.in_proj(u_BLD)
-        return xz_BL2E[:, :, 0], xz_BL2E[:, :, 1]
+        # Of one product the kernels, which take x and z whole, would need copies of both halves.
+        kernel_D2E = self.in_proj.kernel[...].astype(u_BLD.dtype)
+        return u_BLD @ kernel_D2E[:, 0], u_BLD @ kernel_D2E[:, 1]
 
     def _selection(self, x_BLE):
         rank, state = self.config.dt_rank, self.config.ssm_state

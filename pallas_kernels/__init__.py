@@ -1,13 +1,15 @@
-"""The two operations of a B'MOJO layer, each with interchangeable implementations.
+"""The operations of a B'MOJO layer, each with interchangeable implementations.
 
 Knows jax, numpy and absl only: no Flax, no meshes, no configs.
 
+* `causal_conv`: the short convolution before the scan, with SiLU.
 * `selective_scan`: the fading memory, a Mamba-1 scan with softplus, skip and gate fused.
 * `memory_attention`: one softmax over in-context, fading and eidetic keys.
 
 `Unsupported` is what a named implementation raises when it cannot take an input.
 """
 
+from pallas_kernels.causal_conv.api import causal_conv
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.memory_attention.api import AttentionOutput, memory_attention
 from pallas_kernels.selective_scan.api import ScanOutput, selective_scan
@@ -16,6 +18,7 @@ __all__ = [
     "AttentionOutput",
     "ScanOutput",
     "Unsupported",
+    "causal_conv",
     "memory_attention",
     "selective_scan",
 ]

@@ -7,28 +7,6 @@ from bmojo_jax import layers
 from tests.models import packed_positions
 
 
-def test_causal_conv_is_the_sum_over_taps(rng):
-    positions_BL = packed_positions(11, (4, 6))
-    x_BLE = rng.normal(size=(1, 11, 3))
-    kernel_TE, bias_E = rng.normal(size=(4, 3)), rng.normal(size=3)
-    with jax.enable_x64(True):
-        args = map(jnp.asarray, (x_BLE, kernel_TE, bias_E, positions_BL))
-        y_BLE = layers.causal_conv(*args)
-    for t in range(11):
-        taps = [kernel_TE[3 - k] * x_BLE[0, t - k] for k in range(4) if k <= positions_BL[0, t]]
-        np.testing.assert_allclose(y_BLE[0, t], bias_E + sum(taps), rtol=1e-12)
-
-
-def test_causal_conv_continues_from_a_tail(rng):
-    positions_BL = jnp.asarray(packed_positions(12, (5,), (2, 9)))
-    x_BLE = jnp.asarray(rng.normal(size=(2, 12, 3)), jnp.float32)
-    kernel_TE, bias_E = jnp.ones((4, 3)) * jnp.arange(1.0, 5)[:, None], jnp.ones(3)
-    whole = layers.causal_conv(x_BLE, kernel_TE, bias_E, positions_BL)
-    first = layers.causal_conv(x_BLE[:, :7], kernel_TE, bias_E, positions_BL[:, :7])
-    second = layers.causal_conv(x_BLE[:, 7:], kernel_TE, bias_E, positions_BL[:, 7:], x_BLE[:, 4:7])
-    np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, rtol=1e-6)
-
-
 def test_rotary_turns_pairs_by_their_angle(rng):
     x = rng.normal(size=(5, 1, 6))
     positions = np.array([0, 1, 7, -3, 100])

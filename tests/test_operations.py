@@ -95,7 +95,7 @@ ALONE = {
     "remember": _remembered,
     "scan": pallas_kernels.selective_scan,
     "attention": pallas_kernels.memory_attention,
-    "conv": layers.causal_conv,
+    "conv": pallas_kernels.causal_conv,
     "innovation": memory.innovation,
 }
 ON_MESH = {

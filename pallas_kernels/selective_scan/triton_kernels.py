@@ -28,10 +28,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
+from pallas_kernels.ptx import LOG2_E
 from pallas_kernels.selective_scan.triton_lanes import (
     CHANNELS,
     LN_2,
-    LOG2_E,
     RESET_DT,
     STATES,
     STEPS,

@@ -23,10 +23,8 @@ has neighbouring channels of a state instead of neighbouring states of a channel
 The products cut their factors to tf32 (11 bits) where the inputs are bfloat16 (8 bits); with
 `exact` every factor is split into two such parts, and three products give what float32 would.
 
-Special functions are written as PTX in their approximate forms (ex2, lg2, rcp: relative error
-2^-22 or less, denormals flushed), because the library's are several times longer, and so are
-fused multiply-adds, because XLA contracts nothing by itself. Interpreted on a CPU, every
-operation has its meaning in jax.numpy.
+Special functions and fused multiply-adds are those of `pallas_kernels/ptx.py`; lg2 is approximate
+like them. Interpreted on a CPU, every operation has its meaning in jax.numpy.
 
 All this rests on Triton's giving row i of [T] and of [T, 4] to thread i, which it does because
 nothing here asks for another layout. A compiler that chose otherwise would be found by the check
@@ -44,7 +42,10 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-LOG2_E, LN_2 = math.log2(math.e), math.log(2)
+from pallas_kernels import ptx
+from pallas_kernels.ptx import LOG2_E
+
+LN_2 = math.log(2)
 CHANNELS, STEPS, STATES = 8, 4, 16
 
 # The step size of a reset, in decays. exp2 of it is 0 with every rate from the least one on, and
@@ -89,38 +90,15 @@ class Lanes:
         if not self.interpret:
             plgpu.debug_barrier()
 
-    def _ptx(
-        self,
-        code: str,
-        constraints: str,
-        *args: Array,
-        pack: int = 1,
-        dtype: Any = jnp.float32,
-    ) -> Array:
-        shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
-        return plgpu.elementwise_inline_asm(
-            code, args=args, constraints=constraints, pack=pack, result_shape_dtypes=[shape]
-        )[0]
-
     def fma(self, a: Array, b: Array, c: Array) -> Array:
         """a b + c, rounded once."""
-        if self.interpret:
-            return a * b + c
-        a, b, c = jnp.broadcast_arrays(a, b, c)
-        return self._ptx("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
+        return ptx.fma(a, b, c, interpret=self.interpret)
 
     def exp2(self, v: Array) -> Array:
-        if self.interpret:
-            return jnp.exp2(v)
-        return self._ptx("ex2.approx.ftz.f32 $0, $1;", "=f,f", v)
+        return ptx.exp2(v, interpret=self.interpret)
 
     def sigmoid(self, v: Array) -> Array:
-        if self.interpret:
-            return jax.nn.sigmoid(v)
-        return self._reciprocal(1 + self.exp2(v * -LOG2_E))
-
-    def _reciprocal(self, v: Array) -> Array:
-        return self._ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", v)
+        return ptx.sigmoid(v, interpret=self.interpret)
 
     def softplus(self, v: Array) -> tuple[Array, Array]:
         """log(1 + exp(v)), and its derivative; exactly 0 far below 0, and relatively exact on the
@@ -129,8 +107,8 @@ class Lanes:
         positive = jnp.maximum(v, 0)
         if self.interpret:
             return positive + jnp.log1p(e), jax.nn.sigmoid(v)
-        slope = jnp.where(v < 0, e, 1.0) * self._reciprocal(1 + e)
-        large = self._ptx("lg2.approx.ftz.f32 $0, $1;", "=f,f", 1 + e)
+        slope = jnp.where(v < 0, e, 1.0) * ptx.reciprocal(1 + e, interpret=False)
+        large = ptx.ptx("lg2.approx.ftz.f32 $0, $1;", "=f,f", 1 + e)
         # log(1 + e) loses what 1 + e rounds away: below 1/32 its series, to 2^-25.
         small = self.fma(e, jnp.full_like(e, -1 / 4), jnp.full_like(e, 1 / 3))
         small = self.fma(-e, small, jnp.full_like(e, 1 / 2))
@@ -146,7 +124,7 @@ class Lanes:
         if self.interpret:
             v_C4 = v.reshape(-1, 4)
             return jnp.broadcast_to(v_C4[:, step : step + 1], v_C4.shape).reshape(-1)
-        return self._ptx(f"shfl.sync.idx.b32 $0, $1, {step}, 0x1c1f, 0xffffffff;", "=f,f", v)
+        return ptx.ptx(f"shfl.sync.idx.b32 $0, $1, {step}, 0x1c1f, 0xffffffff;", "=f,f", v)
 
     def rounded(self, v: Array) -> Array:
         """Half a unit of tf32 more, so that a product, which cuts v, rounds it. NaN stays NaN."""
@@ -246,7 +224,7 @@ class Lanes:
         if self.interpret:
             low, high = (_bits(v.astype(jnp.bfloat16), jnp.uint16) for v in (low, high))
             return _joined(low, high)
-        return self._ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", low, high, dtype=jnp.int32)
+        return ptx.ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", low, high, dtype=jnp.int32)
 
     def _transposed(self, pairs: Array) -> Array:
         """[T] pairs of 16 bits. Lane 4 i + k has columns 2 k and 2 k + 1 of row i of a square of
@@ -255,7 +233,7 @@ class Lanes:
             square = jnp.stack(_parted(pairs), axis=-1).reshape(-1, 8, 8).swapaxes(1, 2)
             return _joined(*jnp.unstack(square.reshape(-1, 2), axis=1))
         code = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
-        return self._ptx(code, "=r,r", pairs, dtype=jnp.int32)
+        return ptx.ptx(code, "=r,r", pairs, dtype=jnp.int32)
 
     def _transposed_exactly(self, low: Array, high: Array) -> tuple[Array, Array]:
         """The same of pairs of float32, in two halves."""
@@ -325,7 +303,7 @@ class Lanes:
         b = ",".join(f"${12 + r}" for r in range(count))
         code = f"mma.sync.aligned.{kind} {{$0,$1,$2,$3}}, {{{a}}}, {{{b}}}, {{$4,$5,$6,$7}};"
         constraints = "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r,r,r"
-        return self._ptx(code, constraints, total, rows, columns, pack=4)
+        return ptx.ptx(code, constraints, total, rows, columns, pack=4)
 
 
 def _bits(v: Array, dtype: Any) -> Array:

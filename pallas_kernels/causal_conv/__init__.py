@@ -1,0 +1,1 @@
+"""The short convolution before the scan, with its SiLU. See `api.py`."""
