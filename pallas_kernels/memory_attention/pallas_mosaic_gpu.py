@@ -37,7 +37,8 @@ time with the loads) next. If the tensor cores are busy for a share u of the tim
 849 u useful TFLOP/s forward and 607 u backward. At K = 64 clocks of tensor cores halve and those of
 exponentials do not: forward they take as long as the products.
 
-Measured on an H100 at B 1, L 8192, H = G = 16, C 256, in single runs (they differ by up to 5 %):
+Measured on an H100 at B 1, L 8192, H = G = 16, C 256, in single runs (they differ by up to 5 %),
+before a memory's single tile of slots was taken out of the loop:
 
 |                          | K 128, M 64 | K 128, M 0 | K 64, M 64 | K 64, M 0 |
 |--------------------------|-------------|------------|------------|-----------|
