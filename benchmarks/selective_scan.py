@@ -24,7 +24,7 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from pallas_kernels import Unsupported, dispatch
 from pallas_kernels.selective_scan import api
 from pallas_kernels.shapes import SCAN_CASES
 
+Lower = Callable[[], Any]
 _KEY = ("implementation", "case", "dtype", "variant", "kind")
 _TIMED = [name for name, shape in SCAN_CASES.items() if shape.L * shape.E >= 2**18]
 
@@ -90,92 +91,113 @@ def usable(implementations: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return [name for name in implementations if name not in refused], refused
 
 
-def check_hard(implementations: Sequence[str], cases: Sequence[str]) -> list[dict[str, Any]]:
-    """Errors on hard inputs, one row for each implementation, case and dtype."""
-    run = jax.jit(scan_programs.outputs_and_gradients, static_argnames="implementation")
-    inputs = {
-        (case, dtype): scan_accuracy.draw_hard(scan_accuracy.HARD_CASES[case], dtype, seed)
-        for seed, case in enumerate(cases)
-        for dtype in scan_accuracy.LIMITS
-    }
-    lower = {}  # by shape: cases share programs
-    for (case, dtype), one in inputs.items():
-        shape = scan_accuracy.HARD_CASES[case].shape
-        lower[shape, dtype, ""] = functools.partial(scan_accuracy.lower_exact, one)
-        for name in implementations:
-            lower[shape, dtype, name] = functools.partial(run.lower, one, implementation=name)
-    timing.compile_all(lower.values())
-    rows = []
-    for (case, dtype), one in timing.progress(list(inputs.items()), unit="hard input"):
-        want = scan_accuracy.exact(one)
-        for name in implementations:
-            row: dict[str, Any] = {"implementation": name, "case": case, "dtype": dtype}
-            try:
-                got = run(one, implementation=name)
-                row |= scan_accuracy.judge(scan_accuracy.errors(got, want), dtype)
-            except Exception as error:
-                row["wrong"] = scan_accuracy.in_short(error)
-            rows.append(row)
-    return rows
+class Hard:
+    """The hard inputs, and their programs."""
 
-
-def measure(
-    case: str,
-    dtype: str,
-    variant: Any,
-    implementations: Sequence[str],
-    kinds: Sequence[Any],
-    copy: float,
-) -> list[dict[str, Any]]:
-    """Errors, times and floors of one case, one row for each implementation and kind.
-
-    Args:
-      copy: bytes per second that the device's memory can read and write.
-    """
-    shape = SCAN_CASES[case]
-
-    def draw(seed: int) -> Inputs:
-        inputs = scan_programs.draw(jax.random.key(seed), shape=shape, dtype=dtype)
-        return scan_programs.as_variant(inputs, variant)
-
-    first = draw(0)
-    rows: dict[tuple[str, Kind], dict[str, Any]] = {}
-    made: dict[str, scan_programs.Programs] = {}
-    lower = [functools.partial(scan_accuracy.lower_exact, first)]
-    for name, kind in itertools.product(implementations, kinds):
-        row = dict(case=case, dtype=dtype, variant=variant, implementation=name, kind=kind)
-        rows[name, kind] = row | floors(case, kind, first, copy)
-        try:
-            made[name] = made.get(name) or scan_programs.programs(name, first)
-        except Exception as error:
-            rows[name, kind]["wrong"] = scan_accuracy.in_short(error)
-            continue
-        program = getattr(made[name], kind)
-        lower.append(functools.partial(program.lower, *made[name].shapes(kind, first)))
-    timing.compile_all(lower)
-    want = scan_accuracy.exact(first)
-    for (name, kind), row in rows.items():
-        if name in made:
-            row |= scan_accuracy.check(made[name], kind, first, want, dtype)
-    del want
-
-    sets = timing.number_of_sets(timing.nbytes(first))
-    inputs = [first, *(draw(seed) for seed in range(1, sets))]
-    jobs = {
-        (name, kind): timing.Job(
-            getattr(made[name], kind), [made[name].arguments(kind, one) for one in inputs]
-        )
-        for (name, kind), row in rows.items()
-        if "wrong" not in row
-    }
-    for (name, kind), times in timing.measure(jobs, samples=_SAMPLES.value).items():
-        per_element = 1 / scan_programs.elements(shape)
-        rows[name, kind] |= {
-            **times.record(),
-            "ps": 1e12 * times.seconds * per_element,
-            "saved_bytes_per_element": timing.nbytes(made[name].saved) * per_element,
+    def __init__(self, implementations: Sequence[str], cases: Sequence[str]):
+        self.implementations = implementations
+        self.inputs = {
+            (case, dtype): scan_accuracy.draw_hard(scan_accuracy.HARD_CASES[case], dtype, seed)
+            for seed, case in enumerate(cases)
+            for dtype in scan_accuracy.LIMITS
         }
-    return list(rows.values())
+        self.run: Any = jax.jit(
+            scan_programs.outputs_and_gradients, static_argnames="implementation"
+        )
+
+    def lower(self) -> list[Lower]:
+        """What is to be compiled; cases of one shape share programs."""
+        shared: dict[Any, Lower] = {}
+        for (case, dtype), one in self.inputs.items():
+            shape = scan_accuracy.HARD_CASES[case].shape
+            shared[shape, dtype, ""] = functools.partial(scan_accuracy.lower_exact, one)
+            for name in self.implementations:
+                lower = functools.partial(self.run.lower, one, implementation=name)
+                shared[shape, dtype, name] = lower
+        return list(shared.values())
+
+    def check(self) -> list[dict[str, Any]]:
+        """Errors, one row for each implementation, case and dtype."""
+        rows = []
+        for (case, dtype), one in timing.progress(list(self.inputs.items()), unit="hard input"):
+            want = scan_accuracy.exact(one)
+            for name in self.implementations:
+                row: dict[str, Any] = {"implementation": name, "case": case, "dtype": dtype}
+                try:
+                    got = self.run(one, implementation=name)
+                    row |= scan_accuracy.judge(scan_accuracy.errors(got, want), dtype)
+                except Exception as error:
+                    row["wrong"] = scan_accuracy.in_short(error)
+                rows.append(row)
+        return rows
+
+
+class Timed:
+    """One case, dtype and variant: a row and a program for each implementation and kind."""
+
+    def __init__(
+        self, case: str, dtype: str, variant: Any, implementations: Sequence[str], copy: float
+    ):
+        self.case, self.dtype, self.variant = case, dtype, variant
+        self.like = jax.eval_shape(lambda: self.draw(0))
+        self.rows: dict[tuple[str, Kind], dict[str, Any]] = {}
+        self.made: dict[str, scan_programs.Programs] = {}
+        kinds: Sequence[Any] = _KINDS.value
+        for name in implementations:
+            try:
+                self.made[name] = scan_programs.programs(name, self.like)
+                wrong = {}
+            except Exception as error:
+                wrong = {"wrong": scan_accuracy.in_short(error)}
+            for kind in kinds:
+                row = dict(case=case, dtype=dtype, variant=variant, implementation=name, kind=kind)
+                self.rows[name, kind] = row | floors(case, kind, self.like, copy) | wrong
+
+    def draw(self, seed: int) -> Inputs:
+        inputs = scan_programs.draw(
+            jax.random.key(seed), shape=SCAN_CASES[self.case], dtype=self.dtype
+        )
+        return scan_programs.as_variant(inputs, self.variant)
+
+    def lower(self) -> list[Lower]:
+        """What is to be compiled."""
+        return [functools.partial(scan_accuracy.lower_exact, self.like)] + [
+            functools.partial(
+                getattr(self.made[name], kind).lower, *self.made[name].shapes(kind, self.like)
+            )
+            for name, kind in self.rows
+            if name in self.made
+        ]
+
+    def leave_out(self, name: str) -> None:
+        self.rows = {key: row for key, row in self.rows.items() if key[0] != name}
+
+    def measure(self) -> list[dict[str, Any]]:
+        """Errors and times beside the floors."""
+        shape, rows, made, first = SCAN_CASES[self.case], self.rows, self.made, self.draw(0)
+        want = scan_accuracy.exact(first)
+        for (name, kind), row in rows.items():
+            if "wrong" not in row:
+                row |= scan_accuracy.check(made[name], kind, first, want, self.dtype)
+        del want
+
+        sets = timing.number_of_sets(timing.nbytes(first))
+        inputs = [first, *(self.draw(seed) for seed in range(1, sets))]
+        jobs = {
+            (name, kind): timing.Job(
+                getattr(made[name], kind), [made[name].arguments(kind, one) for one in inputs]
+            )
+            for (name, kind), row in rows.items()
+            if "wrong" not in row
+        }
+        for (name, kind), times in timing.measure(jobs, samples=_SAMPLES.value).items():
+            per_element = 1 / scan_programs.elements(shape)
+            rows[name, kind] |= {
+                **times.record(),
+                "ps": 1e12 * times.seconds * per_element,
+                "saved_bytes_per_element": timing.nbytes(made[name].saved) * per_element,
+            }
+        return list(rows.values())
 
 
 def floors(case: str, kind: Kind, inputs: Inputs, copy: float) -> dict[str, float | None]:
@@ -333,7 +355,20 @@ def main(argv: list[str]) -> None:
         tune_all(implementations, record)
         return
 
-    hard = check_hard(implementations, _HARD.value)
+    copy = timing.copied_bytes_per_second(samples=_SAMPLES.value)
+    record.add("copied_bytes_per_second", copy)
+    checked = Hard(implementations, _HARD.value)
+    named = [name for name in implementations if name != "reference"]
+    groups = [
+        Timed(*group, named, copy)
+        for group in itertools.product(_CASES.value, _DTYPES.value, _VARIANTS.value)
+    ]
+    # All at once, on all cores: a program takes seconds to minutes. What fails fails again below.
+    lower = [*checked.lower(), *(one for group in groups for one in group.lower())]
+    timing.say(f"compiling {len(lower)} programs")
+    timing.compile_all(lower)
+
+    hard = checked.check()
     record.add("hard", hard)
     for name, dtype in itertools.product(implementations, scan_accuracy.LIMITS):
         of = [row for row in hard if (row["implementation"], row["dtype"]) == (name, dtype)]
@@ -341,18 +376,17 @@ def main(argv: list[str]) -> None:
         if errors:
             timing.say(f"hard inputs: {name} {dtype}: worst error {max(errors):.1e}")
     failed = {(row["implementation"], row["dtype"]) for row in hard if "wrong" in row}
-    copy = timing.copied_bytes_per_second(samples=_SAMPLES.value)
-    record.add("copied_bytes_per_second", copy)
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    groups = list(itertools.product(_CASES.value, _DTYPES.value, _VARIANTS.value))
-    for case, dtype, variant in timing.progress(groups, unit="case"):
-        right = [name for name in implementations if (name, dtype) not in failed]
-        timed = [name for name in right if name != "reference"]
+    for group in timing.progress(groups, unit="case"):
+        for name in named:
+            if (name, group.dtype) in failed:
+                group.leave_out(name)
         try:
-            measured = measure(case, dtype, variant, timed, _KINDS.value, copy)
+            measured = group.measure()
         except Exception as error:  # the other cases are still worth the device's time
-            failures.append(f"{case} {dtype} {variant}: {scan_accuracy.in_short(error)}")
+            what = f"{group.case} {group.dtype} {group.variant}"
+            failures.append(f"{what}: {scan_accuracy.in_short(error)}")
             record.add("failures", failures)
             continue
         rows += measured

@@ -73,7 +73,7 @@ _FORWARD_WARPS, _BACKWARD_WARPS = 500, 1056
 # Segments are not shorter than these steps.
 _SHORTEST_SEGMENT = 256
 # Where only states are computed: warps for all processors, the shortest part of a segment, groups
-# of a trip.
+# of a trip times sets of states.
 _WARPS_ALONE, _SHORTEST_PART, _GROUPS_ALONE = 3000, 128, 4
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
@@ -230,7 +230,7 @@ def _alone(
     plan = dataclasses.replace(
         plan,
         L=L,
-        groups=math.gcd(L // STEPS, _GROUPS_ALONE),
+        groups=math.gcd(L // STEPS, max(1, _GROUPS_ALONE // plan.sets)),
         rows=S * parts,
         first_row=plan.first_row * parts,
     )
@@ -271,13 +271,15 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
     N = operands.a_EN.shape[1]
     forward_segments = _enough(B, L, E, _FORWARD_WARPS)
     few = B * E // CHANNELS * forward_segments < 4 * _FORWARD_WARPS
+    # As many instructions whatever N is: compilation takes minutes otherwise.
+    groups = max(1, (8 if few else 4) // _sets(N))
     sizes = choose(
         OP,
         shape={"B": B, "L": L, "E": E, "N": N},
         dtype=operands.x_BLE.dtype,
         heuristic={
             "forward_warps": 1 if few else 4,
-            "forward_groups": 8 if few else 4,
+            "forward_groups": groups,
             "backward_warps": 4,
             "forward_segments": forward_segments,
             "backward_segments": _enough(B, L, E, _BACKWARD_WARPS),
@@ -344,10 +346,15 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
+def _sets(N: int) -> int:
+    """Of 16 states, in powers of two."""
+    return 1 << (_up(N, STATES) // STATES - 1).bit_length()
+
+
 def _padded(o: Operands, warps: int, unit: int) -> Operands:
     """With steps, channels and states that change nothing."""
     steps, channels = _up(o.x_BLE.shape[1], unit), _up(o.x_BLE.shape[2], CHANNELS * warps)
-    states = STATES * (1 << (_up(o.a_EN.shape[1], STATES) // STATES - 1).bit_length())
+    states = STATES * _sets(o.a_EN.shape[1])
     f32 = jnp.float32
     a_EN = o.a_EN.astype(f32)
     if o.reset_BL is not None:  # a rate of 0 would outlive a reset

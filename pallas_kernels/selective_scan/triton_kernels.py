@@ -46,7 +46,7 @@ Refs = Mapping[str, Any]
 
 # What drives the states.
 _DRIVE = ("x_BLE", "dt_BLE")
-# Groups of a trip in which the backward pass computes states again.
+# Groups of a trip in which the backward pass computes states again, times sets of states.
 _AGAIN = 4
 
 
@@ -513,7 +513,7 @@ def _keep_states(place: Place, first: Array) -> None:
     plan, lanes, sets = place.plan, place.plan.lanes, range(place.plan.sets)
     assert plan.chunk
     in_chunk = plan.chunk // STEPS
-    in_trip = min(_AGAIN, in_chunk)
+    in_trip = min(max(1, _AGAIN // plan.sets), in_chunk)
 
     def fetch(trip: Array) -> Any:
         groups = groups_of(first + trip * in_trip, in_trip)
