@@ -17,6 +17,8 @@ from pallas_kernels import memory_attention
 from pallas_kernels.memory_attention.operands import Eidetic, Fading, Operands
 from pallas_kernels.shapes import AttentionShape
 
+# Tokens times key heads, of which results in float64 fit the device's memory.
+_EXACT_TOKENS = 2**19
 # Largest error of a tensor with which a time is printed: bfloat16 results are rounded once, and
 # weights and gradients of logits before their products as well.
 LIMIT = 1e-2
@@ -99,10 +101,12 @@ def joined(floats: Mapping[str, jax.Array], valid: Any) -> Operands:
 
 
 class Exact:
-    """Results of one case in float64, by the keys that are seen."""
+    """Results of one case in float64, by the keys that are seen; of the first heads where all of
+    them would take too much memory."""
 
     def __init__(self, shape: AttentionShape, inputs: Inputs):
         self.shape, self.inputs = shape, inputs
+        self.key_heads = max(1, min(shape.G, _EXACT_TOKENS // (shape.B * shape.L)))
         self.done: dict[str, dict[str, np.ndarray]] = {}
 
     def of(self, name: str) -> dict[str, np.ndarray]:
@@ -119,11 +123,14 @@ class Exact:
             changes = {"window": both if seen == "cudnn_window" else self.shape.L}
             x = x._replace(fading=None)
         with jax.enable_x64(True):
-            wide = jax.tree.map(
-                lambda v: v.astype(jnp.float64) if v.dtype == jnp.bfloat16 else v,
-                Inputs(x, self.inputs.do_BLHK),
-            )
+            wide = jax.tree.map(self._part, Inputs(x, self.inputs.do_BLHK))
             return results(jax.jit(differentiated(ours("xla", self.shape, **changes))), wide)
+
+    def _part(self, v: jax.Array) -> jax.Array:
+        if v.dtype != jnp.bfloat16:  # which slots are filled
+            return v
+        heads = v.shape[-2] * self.key_heads // self.shape.G
+        return v[..., :heads, :].astype(jnp.float64)
 
 
 def results(forward: Any, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -136,11 +143,13 @@ def results(forward: Any, inputs: Inputs) -> dict[str, np.ndarray]:
 
 
 def errors(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> dict[str, float]:
-    return {
-        name: float(np.linalg.norm(got[name] - want[name]) / (np.linalg.norm(want[name]) or 1))
-        for name in want
-        if name in got
-    }
+    """Of the heads that `want` has."""
+
+    def relative(got: np.ndarray, want: np.ndarray) -> float:
+        got = got[..., : want.shape[-2], :]
+        return float(np.linalg.norm(got - want) / (np.linalg.norm(want) or 1))
+
+    return {name: relative(got[name], v) for name, v in want.items() if name in got}
 
 
 def useful_flops(kind: str, name: str, shape: AttentionShape) -> float:

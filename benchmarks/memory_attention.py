@@ -176,9 +176,7 @@ def _torch_timing(torch: Any, run: Callable[[int], None], sets: int) -> timing.T
     sample(3)
     calls = max(sets, int(0.01 / sample(sets)[0]))
     sample(calls)
-    seconds, host = zip(*(sample(calls) for _ in range(_SAMPLES.value)), strict=True)
-    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
-    times = timing.Timing(median, low, high, len(seconds), calls, float(np.median(host)))
+    times = timing.summary([sample(calls) for _ in range(_SAMPLES.value)], calls)
     if not times.host_bound:
         return times
     profiler = importlib.import_module("torch.profiler")

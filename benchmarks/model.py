@@ -99,7 +99,8 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     batch = sharding.place_batch(random_batch(config), mesh)
     with jax.set_mesh(mesh):
         start = time.perf_counter()
-        compiled = program.step.lower(program.abstract_state, batch).compile()
+        lowered = program.step.lower(program.abstract_state, batch)
+        compiled = lowered.compile()
         compile_seconds = time.perf_counter() - start
         state = program.init()
         losses, seconds = [], []
@@ -109,8 +110,10 @@ def measure(config: TrainConfig) -> dict[str, Any]:
             losses.append(float(measured["loss"]))
             seconds.append(time.perf_counter() - start)
         step = statistics.median(seconds[_WARM_STEPS:])
-        kernels = profiling.kernels(lambda: compiled(state, batch))
-    names = profiling.operation_names(compiled.as_text())
+        one_by_one = lowered.compile(compiler_options=_options(device))
+        state, _ = one_by_one(state, batch)
+        kernels = profiling.kernels(lambda: one_by_one(state, batch))
+    names = profiling.operation_names(one_by_one.as_text())
     tokens = config.data.batch_size * config.data.sequence_length
     result = {
         "device": device.device_kind,
@@ -132,6 +135,13 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     if not (all(map(math.isfinite, losses)) and losses[-1] < losses[0]):
         result["wrong"] = f"the losses of one batch do not fall: {losses}"
     return result
+
+
+def _options(device: jax.Device) -> dict[str, str | int]:
+    """With which a profile shows single kernels and not the command buffers that hold them."""
+    if device.platform != "gpu":
+        return {}
+    return {"xla_gpu_enable_command_buffer": "", "xla_gpu_graph_min_graph_size": 2**30}
 
 
 def alone(case: str) -> dict[str, Any]:

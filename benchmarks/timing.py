@@ -126,14 +126,15 @@ def measure[Name](jobs: Mapping[Name, Job], *, samples: int) -> dict[Name, Timin
             seconds = sampler.sample()
             if number >= _WARM_ROUNDS:
                 measured[name].append(seconds)
-    times = {name: _summary(values, samplers[name].calls) for name, values in measured.items()}
+    times = {name: summary(values, samplers[name].calls) for name, values in measured.items()}
     for name, timing in times.items():
         if timing.host_bound and jax.default_backend() == "gpu":
             times[name] = timing._replace(device=samplers[name].device_seconds())
     return times
 
 
-def _summary(values: Sequence[tuple[float, float]], calls: int) -> Timing:
+def summary(values: Sequence[tuple[float, float]], calls: int) -> Timing:
+    """Of samples: seconds per call, all and of the host alone."""
     seconds, host = zip(*values, strict=True)
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(median, low, high, len(seconds), calls, statistics.median(host))
