@@ -18,7 +18,7 @@ from pallas_kernels.memory_attention.operands import Eidetic, Fading, Operands
 from pallas_kernels.shapes import AttentionShape
 
 # Tokens times key heads, of which results in float64 fit the device's memory.
-_EXACT_TOKENS = 2**19
+_EXACT_TOKENS = 2**17
 # Largest error of a tensor with which a time is printed: bfloat16 results are rounded once, and
 # weights and gradients of logits before their products as well.
 LIMIT = 1e-2

@@ -230,7 +230,7 @@ def in_trips(
     first: Any = None,
 ) -> Any:
     """The carry after compute(trip, arrived, carry) of every trip, which gives the next one and
-    some float32 value that is known late; `arrived` is what fetch(trip) loaded, in float32.
+    some float32 value that is known late; `arrived` is what fetch(trip) loaded, see `_arrived`.
 
     `first`: fetch(0) if it was called before."""
 
@@ -264,8 +264,8 @@ def _held(v: Array, zeros: Array) -> Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(v, jnp.int32) | zeros, jnp.float32)
 
 
-def _arrived(v: Array, zeros: Array) -> Any:
-    """What was loaded, as float32 when `zeros` is known; two values if it is a pair."""
+def _arrived(v: Array, zeros: Array) -> Array:
+    """What was loaded when `zeros` is known, as float32; a pair stays packed, for the registers."""
     if v.ndim == 2:
         zeros = jnp.broadcast_to(zeros[:, None], v.shape)
     if v.dtype == jnp.int8:
@@ -274,16 +274,16 @@ def _arrived(v: Array, zeros: Array) -> Any:
         bits = lax.bitcast_convert_type(v, jnp.uint16).astype(jnp.int32)
         return lax.bitcast_convert_type(bits << (16 | zeros), jnp.float32)
     if v.dtype == jnp.int32:
-        halves = (v << (16 | zeros), v & (zeros - 2**16))
-        return tuple(lax.bitcast_convert_type(half, jnp.float32) for half in halves)
+        return v | zeros
     return _held(v, zeros)
 
 
-def _otherwise(v: Array) -> Any:
+def _otherwise(v: Array) -> Array:
     """Values of the same kind that depend on v and are not what it arrives as."""
+    if v.dtype == jnp.int32:
+        return 3 * v
     bits = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[v.dtype.itemsize]
-    other = (3 * lax.bitcast_convert_type(v, bits).astype(jnp.int32)).astype(jnp.float32)
-    return (other, other) if v.dtype == jnp.int32 else other
+    return (3 * lax.bitcast_convert_type(v, bits).astype(jnp.int32)).astype(jnp.float32)
 
 
 def bounded(index: Array, size: int) -> Array:
@@ -318,7 +318,15 @@ def groups_of(first: Array, count: int) -> list[Group]:
 
 def parts(lanes: Lanes, pairs: list[Any]) -> list[Parts]:
     """Of each set of states what products take of arrived pairs."""
-    return [lanes.split(zipped(*pair, *pair)) for pair in pairs]
+
+    def unpacked(pair: Any) -> Any:
+        if isinstance(pair, tuple):
+            return pair
+        return tuple(
+            lax.bitcast_convert_type(v, jnp.float32) for v in (pair << 16, pair & -(2**16))
+        )
+
+    return [lanes.split(zipped(*pair, *pair)) for pair in map(unpacked, pairs)]
 
 
 def _inner(lanes: Lanes, p: list[Array], q: list[Array]) -> Array:
