@@ -51,7 +51,7 @@ _CASES = flags.DEFINE_list(
 _SIZE = flags.DEFINE_enum("size", "1_4b", list(presets.SIZES), "Of the presets.")
 _TOKENS = flags.DEFINE_integer("tokens", 65536, "Of a step; rows are as many as that makes.")
 _WIDTH = flags.DEFINE_integer("head_width", 128, "K.")
-_REMAT = flags.DEFINE_enum("remat", "full", ["none", "dots", "full"], "What is computed again.")
+_REMAT = flags.DEFINE_enum("remat", "full", ["none", "kernels", "dots", "full"], "What is kept.")
 _ATTENTION = flags.DEFINE_string("attention", None, "Implementation; by default the best.")
 _SCAN = flags.DEFINE_string("scan", None, "Implementation; by default the best.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Timed, after two warm ones.", lower_bound=3)

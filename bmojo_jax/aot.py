@@ -149,9 +149,10 @@ def _scan_cycles(config: TrainConfig, tokens: int, pieces: int) -> float:
     layers = model.num_groups * sum(
         block.mixer in ("mamba", "bmojo", "bmojo_f") for block in model.blocks
     )
-    # The kernel is no matrix product, so "dots" recomputes it too. A cut row takes two scans.
-    forward = 1 if model.remat == "none" else 2
+    # A cut row takes two scans, whose states are not kept.
     passes = 1 if pieces == 1 else 2
+    kept = model.remat == "none" or (model.remat == "kernels" and passes == 1)
+    forward = 1 if kept else 2
     bundles = SCAN_BUNDLES["forward"] * forward + SCAN_BUNDLES["backward"]
     return layers * passes * tokens * model.ssm_inner / 512 * bundles
 

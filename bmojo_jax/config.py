@@ -89,7 +89,9 @@ class ModelConfig:
     tie_embeddings: bool = True
 
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # float64: for checks
-    remat: Literal["none", "dots", "full"] = "none"
+    # What a group's forward pass keeps for its backward pass: all; what products, attention and
+    # scan gave ("kernels"); the same without the scan ("dots"); the group's input ("full").
+    remat: Literal["none", "kernels", "dots", "full"] = "none"
     # None: the fastest that the platform has; else a name that pallas_kernels knows.
     scan_implementation: str | None = None
     attention_implementation: str | None = None

@@ -13,9 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
+
+# The name, for policies of `jax.checkpoint`, of products that take long for the bytes they fill.
+PRODUCT = "product"
 
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -121,9 +125,10 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         axes = tuple(range(-self.contracted, 0))
-        return jnp.tensordot(
+        y = jnp.tensordot(
             x, self.kernel[...].astype(x.dtype), axes=(axes, tuple(range(self.contracted)))
         )
+        return checkpoint_name(y, PRODUCT)
 
 
 class CausalConv(nnx.Module):

@@ -34,10 +34,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from bmojo_jax.layers import at_least_float32
 
+# The name, for policies of `jax.checkpoint`, of which tokens are kept: a few bytes, much work.
+SAVED = "selection"
 TAPS = 4  # of the moving average
 # Candidates that one merge looks at: fewer would take more merges, each a few kernels, more larger
 # sorts for every chunk.
@@ -74,7 +77,11 @@ def innovation(
       e_BL >= 0; at the start of a document e = ||s||^2.
     """
     length = s_BLD.shape[1]
-    s_BLD = s_BLD.astype(at_least_float32(s_BLD.dtype))
+    zero = jnp.zeros((), at_least_float32(s_BLD.dtype))
+    # Behind the barrier masks and zeros are a layer's own: XLA would take them out of the loop over
+    # layers, filled out to [B, L, D], and read them from memory in every layer.
+    s_BLD, positions_BL, zero = jax.lax.optimization_barrier((s_BLD, positions_BL, zero))
+    s_BLD = s_BLD.astype(zero.dtype)
     if tail_BSD is None:
         padded = jnp.pad(s_BLD, ((0, 0), (TAPS, 0), (0, 0)))
     else:
@@ -82,7 +89,7 @@ def innovation(
     total_BLD = jnp.zeros_like(s_BLD)
     for back in range(1, TAPS + 1):
         exists_BL1 = (positions_BL >= back)[:, :, None]
-        total_BLD += jnp.where(exists_BL1, padded[:, TAPS - back : TAPS - back + length], 0)
+        total_BLD += jnp.where(exists_BL1, padded[:, TAPS - back : TAPS - back + length], zero)
     count_BL = jnp.clip(positions_BL, 1, TAPS).astype(s_BLD.dtype)
     return jnp.sum(jnp.square(s_BLD - total_BLD / count_BL[:, :, None]), axis=-1)
 
@@ -168,6 +175,7 @@ def select(
     time_BZM = jnp.pad(
         jnp.sort(time_BZM, axis=2), ((0, 0), (0, 0), (missing, 0)), constant_values=-1
     )
+    time_BZM = checkpoint_name(time_BZM, SAVED)
     return Selection(index_BZM=jnp.maximum(time_BZM, 0), valid_BZM=time_BZM >= 0)
 
 

@@ -5,7 +5,8 @@
 
 One repetition of the pattern is a *group*. The parameters of all groups are stacked and
 `jax.lax.scan` runs over them, so that compile time does not grow with depth; `remat` says what a
-group's backward pass recomputes: nothing, all but the matrix products, or everything.
+group's backward pass recomputes: nothing, norms and whatever else is cheap, that and the scan, or
+everything.
 
 Two ways to use it: the NNX module `LanguageModel` (notebooks, surgery), and the functions below
 it over a nested dict of parameters (training). Parameters are float32.
@@ -19,11 +20,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bmojo_jax import memory
 from bmojo_jax.attention import Attention
 from bmojo_jax.bmojo import Bmojo
 from bmojo_jax.cache import Cache, Piece, longest_piece
 from bmojo_jax.config import BlockSpec, ModelConfig
 from bmojo_jax.layers import (
+    PRODUCT,
     Documents,
     Projection,
     RMSNorm,
@@ -33,6 +36,8 @@ from bmojo_jax.layers import (
 )
 from bmojo_jax.sharding import BATCH, CONTEXT, constrain
 from bmojo_jax.ssm import Mamba
+from pallas_kernels.memory_attention import api as memory_attention
+from pallas_kernels.selective_scan import api as selective_scan
 
 Params = dict[str, Any]
 
@@ -214,15 +219,19 @@ class LanguageModel(nnx.Module):
         return constrain(x_BLD, BATCH, CONTEXT, None)
 
 
+# Step sizes are no named product: they are as large as the scan's input, and soon computed.
+_KEPT = {
+    "kernels": (memory.SAVED, PRODUCT, memory_attention.SAVED, selective_scan.SAVED),
+    "dots": (memory.SAVED, PRODUCT, memory_attention.SAVED),
+    "full": (memory.SAVED,),
+}
+
+
 def _remat(body, remat: str):
-    match remat:
-        case "full":
-            return jax.checkpoint(body, prevent_cse=False)
-        case "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            return jax.checkpoint(body, prevent_cse=False, policy=policy)
-        case _:
-            return body
+    if remat == "none":
+        return body
+    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:

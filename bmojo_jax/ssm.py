@@ -13,12 +13,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from bmojo_jax import operations
 from bmojo_jax.cache import Piece, SsmCache, shift
 from bmojo_jax.config import ModelConfig
-from bmojo_jax.layers import CausalConv, Documents, Projection, RMSNorm
+from bmojo_jax.layers import PRODUCT, CausalConv, Documents, Projection, RMSNorm
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # of the initial step sizes
 # Added to dt before softplus, makes dt exactly 0: a step that leaves the state as it was.
@@ -85,7 +86,7 @@ class Mamba(nnx.Module):
     def _inputs(self, u_BLD):
         # Of one product the kernels, which take x and z whole, would need copies of both halves.
         kernel_D2E = self.in_proj.kernel[...].astype(u_BLD.dtype)
-        return u_BLD @ kernel_D2E[:, 0], u_BLD @ kernel_D2E[:, 1]
+        return tuple(checkpoint_name(u_BLD @ kernel_D2E[:, i], PRODUCT) for i in range(2))
 
     def _selection(self, x_BLE):
         rank, state = self.config.dt_rank, self.config.ssm_state

@@ -1,11 +1,13 @@
 """Properties of the whole model, in float64: causality, decoding, documents, special cases."""
 
+import collections
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from bmojo_jax import cache, layers, model
 from tests.models import FAMILIES, float64_params, packed_positions, small_config
@@ -228,7 +230,7 @@ def test_eidetic_gate_moves_attention_and_gives_the_innovation_a_gradient(rng):
     np.testing.assert_allclose(jnp.sum(slope), numeric, rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "kernels", "dots", "full"])
 def test_rematerialisation_changes_no_gradient(rng, remat):
     config = small_config(pattern="bmojo+mlp,mamba", depth=4)
     params = float64_params(config)
@@ -244,6 +246,53 @@ def test_rematerialisation_changes_no_gradient(rng, remat):
         gradient(remat),
         gradient("none"),
     )
+
+
+@pytest.mark.parametrize(
+    ("remat", "scans", "attentions", "selections"),
+    [("none", 1, 1, 1), ("kernels", 1, 1, 1), ("dots", 2, 1, 1), ("full", 2, 2, 1)],
+)
+def test_what_rematerialisation_computes_again(remat, scans, attentions, selections):
+    """In a training step, of the forward passes of scan and attention, and of selections."""
+    config = small_config(
+        pattern="bmojo",
+        depth=4,
+        compute_dtype="bfloat16",
+        remat=remat,
+        scan_implementation="pallas_triton",
+        attention_implementation="pallas_triton",
+    )
+    shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    tokens_BL = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+
+    def loss(params, tokens_BL):
+        return jnp.sum(hidden_states(config, params, tokens_BL).astype(jnp.float32))
+
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu")
+    mesh = AbstractMesh((), (), abstract_device=device)
+    with jax.enable_x64(False), jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss)).trace(shapes, tokens_BL)
+    counts = collections.Counter(_used_operations(traced.jaxpr.jaxpr))
+    assert counts["selective_scan_forward_kernel"] == scans
+    assert counts["memory_attention_forward_kernel"] == attentions
+    assert counts["top_k"] == selections
+
+
+def _used_operations(jaxpr):
+    """Names of kernels and primitives of which some result is used."""
+    used = {id(v) for v in jaxpr.outvars}
+    for eqn in reversed(jaxpr.eqns):
+        if not any(id(v) in used for v in eqn.outvars):
+            continue
+        used |= {id(v) for v in eqn.invars}
+        if eqn.primitive.name == "pallas_call":
+            yield eqn.params["name"]
+            continue
+        yield eqn.primitive.name
+        for parameter in eqn.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _used_operations(inner)
 
 
 def test_depth_does_not_grow_the_program():

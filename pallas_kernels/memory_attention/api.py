@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
@@ -45,7 +46,10 @@ from pallas_kernels.memory_attention.operands import (
     Spec,
 )
 
-__all__ = ["AttentionOutput", "memory_attention"]
+__all__ = ["SAVED", "AttentionOutput", "memory_attention"]
+
+# The name, for policies of `jax.checkpoint`, of what the backward pass needs beyond the operands.
+SAVED = "memory_attention"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
@@ -57,6 +61,7 @@ def _attend_forward(
     backend: ModuleType, operands: Operands, spec: Spec
 ) -> tuple[AttentionOutput, tuple[Operands, AttentionOutput]]:
     out = backend.forward(operands, spec)
+    out = AttentionOutput(*(checkpoint_name(v, SAVED) for v in out))
     return out, (operands, out)
 
 

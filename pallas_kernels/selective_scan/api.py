@@ -31,13 +31,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.selective_scan import pallas_tpu, pallas_triton, reference, xla
 from pallas_kernels.selective_scan.operands import Operands, ScanOutput
 
-__all__ = ["ScanOutput", "selective_scan"]
+__all__ = ["SAVED", "ScanOutput", "selective_scan"]
+
+# The name, for policies of `jax.checkpoint`, of y_BLE and of what the backward pass needs beyond
+# the operands: with both saved, nothing of the scan is computed again.
+SAVED = "selective_scan"
 
 Blocks = tuple[tuple[str, int], ...]
 
@@ -50,7 +55,9 @@ def _scan(backend: ModuleType, operands: Operands, blocks: Blocks) -> ScanOutput
 def _scan_forward(
     backend: ModuleType, operands: Operands, blocks: Blocks
 ) -> tuple[ScanOutput, Any]:
-    return backend.forward(operands, dict(blocks), for_backward=True)
+    out, (_, states) = backend.forward(operands, dict(blocks), for_backward=True)
+    out = out._replace(y_BLE=checkpoint_name(out.y_BLE, SAVED))
+    return out, (operands, jax.tree.map(lambda v: checkpoint_name(v, SAVED), states))
 
 
 def _scan_backward(
