@@ -197,11 +197,15 @@ def make_program(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progr
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, bool]:
-    """On a GPU, bfloat16 is bfloat16. Otherwise XLA leaves out a rounding that is widened again,
-    and writes the wide values to memory: a ninth of a B'MOJO layer's bytes forward, by count."""
+    """For GPUs; why, was seen in what XLA compiles for an H100.
+
+    bfloat16 is bfloat16: otherwise a rounding that is widened again is left out, and the wide
+    values are written to memory, a ninth of a B'MOJO layer's bytes forward. And no kernel writes
+    into the stack of what layers keep: where its result is used otherwise too, it would run twice.
+    """
     if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
         return {}
-    return {"xla_allow_excess_precision": False}
+    return {"xla_allow_excess_precision": False, "xla_gpu_enable_dynamic_slice_fusion": False}
 
 
 def write_config(config: TrainConfig, workdir: pathlib.Path) -> None:
