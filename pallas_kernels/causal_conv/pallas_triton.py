@@ -5,7 +5,14 @@ that each input is read once; backward it walks the other way, with the gradient
 T - 1 tokens behind it, which it computes again. What it moves is what must be moved: 2 arrays
 [B, L, E] forward (x, y), 3 backward (x, dy, dx), and T - 1 rows more of each piece. XLA, which
 differentiates the sum of shifted copies, makes some 15 passes over such arrays backward, counted in
-what it compiles for an H100.
+what it compiles for an H100. Measured there (bfloat16, kernels in a profile), in us, with the bytes
+at 3 TB/s:
+
+| B, L, E         | forward | XLA | floor | backward | XLA  | floor |
+|-----------------|---------|-----|-------|----------|------|-------|
+| 8, 2048, 4096   | 100     | 193 | 89    | 180      | 653  | 134   |
+| 1, 2048, 4096   | 12      | 22  | 11    | 28       | 239  | 17    |
+| 1, 32,768, 4096 | 208     | 357 | 179   | 341      | 1380 | 268   |
 
 Sums are float32. Gradients of kernel and bias are summed over a piece in the kernel and over pieces
 by XLA, always in the same order.

@@ -37,15 +37,19 @@ time with the loads) next. If the tensor cores are busy for a share u of the tim
 849 u useful TFLOP/s forward and 607 u backward. At K = 64 clocks of tensor cores halve and those of
 exponentials do not: forward they take as long as the products.
 
-Measured on an H100 at B 1, L 8192, H = G = 16, C 256, in single runs (they differ by up to 5 %),
-before a memory's single tile of slots was taken out of the loop:
+Measured on an H100 at B 1, H = G = 16, K 128, C 256, in one run beside the peers
+(`results/kernels/attention.json`); runs differ by up to 5 %. ms, with useful TFLOP/s:
 
-|                          | K 128, M 64 | K 128, M 0 | K 64, M 64 | K 64, M 0 |
-|--------------------------|-------------|------------|------------|-----------|
-| forward, ms              | 0.197       | 0.177      | 0.165      | 0.144     |
-| useful TFLOP/s           | 348         | 364        | 208        | 224       |
-| backward, ms             | 0.576       | 0.527      | 0.375      | 0.339     |
-| useful TFLOP/s           | 299         | 306        | 229        | 237       |
+|                          | forward 8192 | 32,768      | backward 8192 | 32,768      |
+|--------------------------|--------------|-------------|---------------|-------------|
+| M 0                      | 0.170  (379) | 0.704 (384) | 0.557 (289)   | 2.269 (298) |
+| M 64                     | 0.182  (377) | 0.683 (421) | 0.601 (286)   | 2.335 (308) |
+| FlexAttention, M 0       | 0.278  (231) | 1.078 (251) | 0.766 (210)   | 3.147 (215) |
+| cuDNN, two merged, M 0   | 0.332  (194) | 1.237 (219) | 0.967 (167)   | 3.735 (181) |
+| cuDNN, one of W + F keys | 0.176  (366) | 0.647 (418) | 0.597 (270)   | 2.260 (299) |
+
+K 64 in single runs of an earlier version, L 8192, M 0 and 64: forward 0.144 (224) and 0.165 (208),
+backward 0.339 (237) and 0.375 (229).
 
 The tensor cores were busy 42 % of the time forward, 47 % in the kernel by keys: a warpgroup waits
 for its own softmax, whose instructions depend on each other, more than for anything else (stall
