@@ -9,8 +9,8 @@
     flex           FlexAttention, torch.compile, fading keys behind the in-context ones in one
                    array of 2 L keys, with a block mask
 
-None has an eidetic memory. JAX's public function rounds the log-sum-exp to the output's dtype and
-does not take a merged one, therefore its cuDNN module is called directly.
+None has an eidetic memory. That of one stream is the implementation "cudnn" of
+`pallas_kernels.memory_attention` as well.
 """
 
 import functools
@@ -21,43 +21,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax._src.cudnn import fused_attention_stablehlo
 
+from pallas_kernels import memory_attention
+from pallas_kernels.memory_attention import cudnn
 from pallas_kernels.memory_attention.operands import Operands
 
 CUDNN = ("cudnn_merged", "cudnn_window", "cudnn_full")
 NAMES = (*CUDNN, "flex")
 Gradients = tuple[Array, ...]
-cudnn: Any = fused_attention_stablehlo  # private, and its types say less than its documentation
 
 
-def _band(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array, Array]:
-    """o [B, L, H, K] and lse [B, H, L] of causal attention to the last `window` keys."""
-    scale, causal = q.shape[-1] ** -0.5, cudnn.MaskType.CAUSAL
-    return cudnn.dot_product_attention(
-        q, k, v, scale=scale, mask_type=causal, sliding_window_length=window, return_residual=True
-    )
-
-
-def _band_backward(
-    q: Array, k: Array, v: Array, window: int | None, o: Array, lse: Array, do: Array
-) -> Gradients:
-    """dq, dk, dv with weights exp(l - lse) and delta from o, whatever these are."""
-    unused = jnp.zeros(0, q.dtype)
-    residuals = (q, k, v, *[unused] * 7, lse, o)
-    return cudnn._dot_product_attention_bwd_rule(
-        q.shape[-1] ** -0.5,
-        42,
-        0.0,
-        (False, False),
-        cudnn.MaskType.CAUSAL,
-        cudnn.AttentionLayout.BTNH.value,
-        window,
-        True,
-        False,
-        residuals,
-        do,
-    )[:3]
+def _scale(q: Array) -> float:
+    return q.shape[-1] ** -0.5
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -72,11 +47,15 @@ def _merged(
     q: Array, k: Array, v: Array, fading_k: Array, fading_v: Array, window: int, fading_window: int
 ) -> tuple[Array, Array]:
     L = q.shape[1]
-    o, lse = _band(q, k, v, window)
+    o, lse = cudnn.band(q, k, v, window=window, scale=_scale(q))
     if L <= window:
         return o, lse
-    late, lse_late = _band(
-        q[:, window:], fading_k[:, : L - window], fading_v[:, : L - window], fading_window
+    late, lse_late = cudnn.band(
+        q[:, window:],
+        fading_k[:, : L - window],
+        fading_v[:, : L - window],
+        window=fading_window,
+        scale=_scale(q),
     )
     lse_late = jnp.pad(lse_late, ((0, 0), (0, 0), (window, 0)), constant_values=-jnp.inf)
     late = jnp.pad(late, ((0, 0), (window, 0), (0, 0), (0, 0)))
@@ -99,18 +78,19 @@ def _merged_backward(
 ) -> Gradients:
     q, k, v, fading_k, fading_v, o, lse = residuals
     L = q.shape[1]
-    dq, dk, dv = _band_backward(q, k, v, window, o, lse, do)
+    dq, dk, dv = cudnn.band_backward(q, k, v, o, lse, do, window=window, scale=_scale(q))
     if L <= window:
         return dq, dk, dv, jnp.zeros_like(fading_k), jnp.zeros_like(fading_v)
     early, late = slice(0, L - window), slice(window, L)
-    dq_late, *d_fading = _band_backward(
+    dq_late, *d_fading = cudnn.band_backward(
         q[:, late],
         fading_k[:, early],
         fading_v[:, early],
-        fading_window,
         o[:, late],
         lse[:, :, late],
         do[:, late],
+        window=fading_window,
+        scale=_scale(q),
     )
     d_fading_k, d_fading_v = (jnp.pad(d, ((0, 0), (0, window), (0, 0), (0, 0))) for d in d_fading)
     return dq.at[:, late].add(dq_late), dk, dv, d_fading_k, d_fading_v
@@ -126,15 +106,10 @@ def through_cudnn(name: str, window: int, fading_window: int) -> Callable[[Opera
         if name == "cudnn_merged":
             assert x.fading is not None
             return cudnn_merged(x.q_BLHK, x.k_BLGK, x.v_BLGK, *x.fading, window, fading_window)
-        keys = window + fading_window if name == "cudnn_window" else None
-        return cudnn.dot_product_attention(
-            x.q_BLHK,
-            x.k_BLGK,
-            x.v_BLGK,
-            scale=x.q_BLHK.shape[-1] ** -0.5,
-            mask_type=cudnn.MaskType.CAUSAL,
-            sliding_window_length=keys,
-        )
+        keys = window + fading_window if name == "cudnn_window" else x.q_BLHK.shape[1]
+        return memory_attention(
+            x.q_BLHK, x.k_BLGK, x.v_BLGK, window=keys, implementation="cudnn"
+        ).o_BLHK
 
     return attend
 

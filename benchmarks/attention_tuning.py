@@ -93,11 +93,11 @@ def tune_all(
     seconds: float,
 ) -> None:
     """Searches block sizes of all that have any, in equal parts of the time."""
-    backends = {
-        name: api.IMPLEMENTATIONS[name].args[0]
-        for name in implementations
-        if name in api.IMPLEMENTATIONS and name != "reference"
+    runs: dict[str, Any] = {
+        name: api.IMPLEMENTATIONS[name] for name in implementations if name in api.IMPLEMENTATIONS
     }
+    # Those that are modules of this package have block sizes, or may have.
+    backends = {name: run.args[0] for name, run in runs.items() if getattr(run, "args", ())}
     tasks = [
         (name, shape)
         for name, shape in itertools.product(backends, shapes)

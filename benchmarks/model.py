@@ -4,10 +4,11 @@
     python -m benchmarks.model --output results/model/training.json --draw
 
 The step of `train.py` (loss, gradients, optimizer) with random tokens, each row one document, on
-one device; tokens of a step stay the same while rows grow longer. Each case runs in a process of
-its own, so that peaks of memory are its own and a case that does not fit costs the others nothing;
-it says so in its row. A time counts only beside its losses: they are finite, and the same batch's
-falls from step to step.
+one device, the transformer's attention by cuDNN on GPUs; with `--packed` documents are told apart
+as in `train.py`, although there is one a row, and cuDNN cannot be used. Tokens of a step stay the
+same while rows grow longer. Each case runs in a process of its own, so that peaks of memory are its
+own and a case that does not fit costs the others nothing; it says so in its row. A time counts only
+beside its losses: they are finite, and the same batch's falls from step to step.
 
 `parts`: seconds of the device's kernels in a step, by what they belong to. Matrix products and
 kernels of scan and attention are told apart by the operations' names in the compiled program; a
@@ -38,6 +39,7 @@ from benchmarks.record import Record
 from bmojo_jax import metrics, presets, sharding, trainer
 from bmojo_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from bmojo_jax.data.tokenizers import ByteTokenizer
+from pallas_kernels import dispatch
 
 _WARM_STEPS = 2
 
@@ -52,7 +54,10 @@ _SIZE = flags.DEFINE_enum("size", "1_4b", list(presets.SIZES), "Of the presets."
 _TOKENS = flags.DEFINE_integer("tokens", 65536, "Of a step; rows are as many as that makes.")
 _WIDTH = flags.DEFINE_integer("head_width", 128, "K.")
 _REMAT = flags.DEFINE_enum("remat", "full", ["none", "kernels", "dots", "full"], "What is kept.")
-_ATTENTION = flags.DEFINE_string("attention", None, "Implementation; by default the best.")
+_ATTENTION = flags.DEFINE_string(
+    "attention", None, "Implementation; by default the best, for transformers cuDNN on GPUs."
+)
+_PACKED = flags.DEFINE_bool("packed", False, "Tell documents apart.")
 _SCAN = flags.DEFINE_string("scan", None, "Implementation; by default the best.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Timed, after two warm ones.", lower_bound=3)
 _SECONDS = flags.DEFINE_float("case_seconds", 300, "After which a case is given up.")
@@ -66,11 +71,14 @@ def settings(family: Any, length: int) -> TrainConfig:
     size: Any = _SIZE.value
     width: Any = _WIDTH.value
     remat: Any = _REMAT.value
+    attention = _ATTENTION.value
+    if attention is None and family == "transformer" and not _PACKED.value:
+        attention = "cudnn" if dispatch.platform() == "gpu" else None
     model = dataclasses.replace(
         presets.model(family, size, head_width=width),
         compute_dtype="bfloat16",
         remat=remat,
-        attention_implementation=_ATTENTION.value,
+        attention_implementation=attention,
         scan_implementation=_SCAN.value,
     )
     rows = max(1, _TOKENS.value // length)
@@ -79,16 +87,17 @@ def settings(family: Any, length: int) -> TrainConfig:
 
 
 def random_batch(config: TrainConfig) -> dict[str, np.ndarray]:
-    """Tokens that there are, each row one document."""
+    """Tokens that there are, each row one document, of which the model is told with `--packed`."""
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = np.random.default_rng(0).integers(0, 256, (shape[0], shape[1] + 1), np.int32)
-    return {
+    batch = {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        "segment_ids": np.ones(shape, np.int32),
         "weights": np.ones(shape, np.float32),
     }
+    if _PACKED.value:
+        batch["positions"] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return batch
 
 
 def measure(config: TrainConfig) -> dict[str, Any]:
@@ -227,6 +236,7 @@ def main(argv: list[str]) -> None:
         size=_SIZE.value,
         tokens_per_step=_TOKENS.value,
         remat=_REMAT.value,
+        packed=_PACKED.value,
         xla_flags=os.environ.get("XLA_FLAGS", ""),
     )
     rows = []

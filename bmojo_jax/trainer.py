@@ -86,9 +86,10 @@ def init_state(config: TrainConfig, optimizer: optax.GradientTransformation) -> 
 def loss_sums(
     config: TrainConfig, params: model.Params, batch: Batch
 ) -> tuple[Float[Array, ""], losses.Loss]:
-    """Sum of nll and z-loss over a batch, and its parts."""
+    """Sum of nll and z-loss over a batch, and its parts. Without "positions" in the batch every row
+    is one document."""
     x_BLD = model.hidden_states(
-        config.model, params, batch["inputs"], positions_BL=batch["positions"]
+        config.model, params, batch["inputs"], positions_BL=batch.get("positions")
     )
     with jax.named_scope("cross_entropy"):
         loss = losses.cross_entropy(

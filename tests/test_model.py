@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from bmojo_jax import cache, layers, model
+from pallas_kernels.memory_attention import cudnn
 from tests.models import FAMILIES, float64_params, packed_positions, small_config
 from tests.tolerances import relative_rms
 
@@ -276,6 +277,35 @@ def test_what_rematerialisation_computes_again(remat, scans, attentions, selecti
     assert counts["selective_scan_forward_kernel"] == scans
     assert counts["memory_attention_forward_kernel"] == attentions
     assert counts["top_k"] == selections
+
+
+def test_a_transformer_of_one_document_a_row_attends_through_cudnn(monkeypatch):
+    """Forward and backward, in the loop over layers: nobody asks for a gradient of the log-sum-exp,
+    which cuDNN does not have."""
+    monkeypatch.setattr(cudnn._binding, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(cudnn._binding, "check_compute_capability", lambda capability: True)
+    config = small_config(
+        pattern="attention+mlp",
+        depth=4,
+        head_width=16,
+        compute_dtype="bfloat16",
+        remat="dots",
+        attention_implementation="cudnn",
+    )
+    shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    tokens_BL = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+
+    def loss(params, tokens_BL):
+        return jnp.sum(hidden_states(config, params, tokens_BL).astype(jnp.float32))
+
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu")
+    mesh = AbstractMesh((), (), abstract_device=device)
+    with jax.enable_x64(False), jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss)).trace(shapes, tokens_BL)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__cudnn$fmhaSoftmax(") == 1
+    assert text.count("custom_call @__cudnn$fmhaSoftmaxBackward(") == 1
+    assert "xla.gpu.triton" not in text
 
 
 def _used_operations(jaxpr):

@@ -27,6 +27,19 @@ def folder(tmp_path_factory):
     return path
 
 
+def test_without_positions_every_row_is_one_document(folder):
+    with jax.enable_x64(True):
+        model = dataclasses.replace(TINY, pattern="mamba,swa", depth=2, compute_dtype="float64")
+        config, params = tiny_run(folder, model=model), float64_params(model)
+        packed = jax.tree.map(jnp.asarray, packed_batch())
+        rows = packed | {"positions": jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (8, 12))}
+        bare = {name: v for name, v in packed.items() if name != "positions"}
+        loss = jax.jit(lambda batch: trainer.loss_sums(config, params, batch)[0])
+        told_apart, told, untold = (float(loss(batch)) for batch in (packed, rows, bare))
+    assert untold == pytest.approx(told, rel=1e-12)
+    assert abs(untold - told_apart) > 1e-6
+
+
 def test_accumulation_equals_one_big_batch(folder):
     with jax.enable_x64(True):
         model = dataclasses.replace(TINY, pattern="swa", compute_dtype="float64")

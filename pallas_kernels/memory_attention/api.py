@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.memory_attention import (
+    cudnn,
     pallas_mosaic_gpu,
     pallas_tpu,
     pallas_triton,
@@ -83,6 +84,7 @@ IMPLEMENTATIONS = {
     "pallas_triton": functools.partial(_attend, pallas_triton),
     "pallas_tpu": functools.partial(_attend, pallas_tpu),
     "pallas_mosaic_gpu": functools.partial(_attend, pallas_mosaic_gpu),
+    "cudnn": functools.partial(cudnn.attend, saved=SAVED),
 }
 
 
@@ -123,7 +125,7 @@ def memory_attention(
       segment_ids_BL: documents of a packed sequence. A key is seen only from its own document, a
         memory only from the document that is open at its chunk's first token.
       scale: factor on the logits before the bias; K^-0.5 by default.
-      implementation: "reference", "xla" or None for the platform's best.
+      implementation: one of IMPLEMENTATIONS, or None for the platform's best.
       blocks: block sizes of the implementation; results do not depend on them.
 
     Returns:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import memory_attention, selective_scan
+from pallas_kernels import Unsupported, memory_attention, selective_scan
+from pallas_kernels.memory_attention import cudnn
 from pallas_kernels.shapes import ATTENTION_CASES, SCAN_CASES
 
 PLATFORMS = ["cuda", "tpu"]
@@ -98,3 +99,64 @@ def test_memory_attention_lowers(case, platform):
         return out.o_BLHK.astype(jnp.float32).sum() + out.lse_BLH.sum()
 
     assert lowers(loss, shapes, platform)
+
+
+@pytest.fixture
+def cudnn_found(monkeypatch):
+    """As on a machine with an H100 and its libraries."""
+    monkeypatch.setattr(cudnn._binding, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(cudnn._binding, "check_compute_capability", lambda capability: True)
+
+
+@pytest.mark.parametrize("gradient_of_lse", [False, True])
+@pytest.mark.parametrize("window", [64, 256])
+def test_cudnn_lowers(cudnn_found, window, gradient_of_lse):
+    """Backward by cuDNN too, unless the log-sum-exp has a gradient: that only Triton's has."""
+    q, kv = (jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2))
+
+    def loss(q_BLHK, k_BLGK, v_BLGK):
+        out = memory_attention(q_BLHK, k_BLGK, v_BLGK, window=window, implementation="cudnn")
+        o = out.o_BLHK.astype(jnp.float32).sum()
+        return o + out.lse_BLH.sum() if gradient_of_lse else o
+
+    def lowers_to(mark):
+        return lowers(loss, [q, kv, kv], "cuda", mark)
+
+    with jax.enable_x64(False):
+        assert lowers_to("__cudnn$fmhaSoftmax")
+        assert lowers_to("fmhaSoftmaxBackward") != gradient_of_lse
+        assert lowers_to(MARKS["pallas_triton"]) == gradient_of_lse
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"segment_ids_BL": jnp.zeros((1, 128), jnp.int32)}, "segment_ids_BL"),
+        ({"fading_window": 16}, "fading"),
+        ({"blocks": {"queries": 64}}, "blocks"),
+        ({"dtype": "float32"}, "float32"),
+        ({"K": 136}, "K=136"),
+    ],
+)
+def test_cudnn_says_what_it_cannot_take(cudnn_found, changed, named):
+    dtype, K = changed.pop("dtype", "bfloat16"), changed.pop("K", 64)
+    q = jax.ShapeDtypeStruct((1, 128, 2, K), dtype)
+
+    def attend(q_BLHK):
+        fading = dict(fading_k_BLGK=q_BLHK, fading_v_BLGK=q_BLHK) if "fading" in named else {}
+        return memory_attention(
+            q_BLHK, q_BLHK, q_BLHK, window=32, implementation="cudnn", **fading, **changed
+        )
+
+    mesh = AbstractMesh((), (), abstract_device=DEVICES["cuda"])
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match=named):
+        jax.eval_shape(attend, q)
+
+
+def test_cudnn_is_refused_where_it_is_not():
+    q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with pytest.raises(Unsupported, match="NVIDIA"):
+        memory_attention(q, q, q, window=8, implementation="cudnn")
+    mesh = AbstractMesh((), (), abstract_device=DEVICES["cuda"])
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match="not detected"):
+        jax.eval_shape(lambda q: memory_attention(q, q, q, window=8, implementation="cudnn"), q)
