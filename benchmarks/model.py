@@ -34,7 +34,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import profiling, timing
+from benchmarks import profiling, scan_accuracy, timing
 from benchmarks.record import Record
 from bmojo_jax import metrics, presets, sharding, trainer
 from bmojo_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
@@ -73,7 +73,7 @@ def settings(family: Any, length: int) -> TrainConfig:
     remat: Any = _REMAT.value
     attention = _ATTENTION.value
     if attention is None and family == "transformer" and not _PACKED.value:
-        attention = "cudnn" if dispatch.platform() == "gpu" else None
+        attention = "cudnn" if "NVIDIA" in dispatch.device_kind() else None
     model = dataclasses.replace(
         presets.model(family, size, head_width=width),
         compute_dtype="bfloat16",
@@ -119,10 +119,18 @@ def measure(config: TrainConfig) -> dict[str, Any]:
             losses.append(float(measured["loss"]))
             seconds.append(time.perf_counter() - start)
         step = statistics.median(seconds[_WARM_STEPS:])
-        one_by_one = lowered.compile(compiler_options=_options(device))
-        state, _ = one_by_one(state, batch)
-        kernels = profiling.kernels(lambda: one_by_one(state, batch))
-    names = profiling.operation_names(one_by_one.as_text())
+        stats = device.memory_stats()
+        profiled: dict[str, Any] = {}
+        try:
+            one_by_one = lowered.compile(compiler_options=_options(device))
+            state, _ = one_by_one(state, batch)
+            kernels = profiling.kernels(lambda: one_by_one(state, batch))
+            names = profiling.operation_names(one_by_one.as_text())
+            profiled["parts"] = profiling.by_part(kernels, names, step)
+            profiled["longest"] = profiling.longest(kernels, names)
+        except Exception as error:  # the step has been timed all the same
+            profiled["parts"] = {}
+            profiled["not_profiled"] = scan_accuracy.in_short(error)
     tokens = config.data.batch_size * config.data.sequence_length
     result = {
         "device": device.device_kind,
@@ -133,10 +141,10 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         "step_s": step,
         "steps_s": seconds[_WARM_STEPS:],
         "tokens_per_s": tokens / step,
-        "parts": profiling.by_part(kernels, names, step),
-        "longest": profiling.longest(kernels, names),
+        "attention": config.model.attention_implementation or "the best",
+        **profiled,
     }
-    if (stats := device.memory_stats()) is not None:
+    if stats is not None:
         result["peak_bytes"] = stats["peak_bytes_in_use"]
     if (peak := metrics.peak_flops(device.device_kind)) is not None:
         flops = metrics.flops_per_token(config.model, config.data.sequence_length)
@@ -146,10 +154,10 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _options(device: jax.Device) -> dict[str, str | int]:
+def _options(device: jax.Device) -> dict[str, str | int] | None:
     """With which a profile shows single kernels and not the command buffers that hold them."""
     if device.platform != "gpu":
-        return {}
+        return None
     return {"xla_gpu_enable_command_buffer": "", "xla_gpu_graph_min_graph_size": 2**30}
 
 

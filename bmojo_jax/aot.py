@@ -149,12 +149,11 @@ def _scan_cycles(config: TrainConfig, tokens: int, pieces: int) -> float:
     layers = model.num_groups * sum(
         block.mixer in ("mamba", "bmojo", "bmojo_f") for block in model.blocks
     )
-    # A cut row takes two scans, whose states are not kept.
+    # A cut row takes two scans, of which "kernels" keeps one.
     passes = 1 if pieces == 1 else 2
-    kept = model.remat == "none" or (model.remat == "kernels" and passes == 1)
-    forward = 1 if kept else 2
-    bundles = SCAN_BUNDLES["forward"] * forward + SCAN_BUNDLES["backward"]
-    return layers * passes * tokens * model.ssm_inner / 512 * bundles
+    again = {"none": 0, "kernels": passes - 1}.get(model.remat, passes)
+    bundles = SCAN_BUNDLES["forward"] * (passes + again) + SCAN_BUNDLES["backward"] * passes
+    return layers * tokens * model.ssm_inner / 512 * bundles
 
 
 def table(result: dict[str, Any]) -> str:
@@ -201,7 +200,7 @@ def advice(config: TrainConfig, devices: int) -> list[str]:
     if rows > cut and rows % (2 * cut) == 0:
         found.append(f"optim.accumulate={2 * config.optim.accumulate}: half the rows at a time")
     if config.model.remat != "full":
-        found.append('model.remat="full": saves a layer\'s input alone, and computes all again')
+        found.append('model.remat="full": keeps little more than a layer\'s input')
     pieces = 2 * sizes["context"]
     if config.data.sequence_length % (pieces * config.model.chunk) == 0:
         found.append(f"mesh.context={pieces}: half of a row's tokens on a device")

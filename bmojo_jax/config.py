@@ -90,9 +90,11 @@ class ModelConfig:
 
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # float64: for checks
     # What a group's forward pass keeps for its backward pass: all; what products, attention and
-    # scan gave ("kernels"); the same without the scan ("dots"); the group's input ("full").
+    # scan gave ("kernels"); the same without the scan ("dots"); its input ("full"). Which tokens
+    # are remembered is always kept, attention across devices that share a row never.
     remat: Literal["none", "kernels", "dots", "full"] = "none"
-    # None: the fastest that the platform has; else a name that pallas_kernels knows.
+    # None: the fastest that the platform has; else a name that pallas_kernels knows. "cudnn" is for
+    # rows that are not told to hold several documents, which those of train.py are.
     scan_implementation: str | None = None
     attention_implementation: str | None = None
 

@@ -6,7 +6,7 @@
 One repetition of the pattern is a *group*. The parameters of all groups are stacked and
 `jax.lax.scan` runs over them, so that compile time does not grow with depth; `remat` says what a
 group's backward pass recomputes: nothing, norms and whatever else is cheap, that and the scan, or
-everything.
+all but the choice of what to remember.
 
 Two ways to use it: the NNX module `LanguageModel` (notebooks, surgery), and the functions below
 it over a nested dict of parameters (training). Parameters are float32.

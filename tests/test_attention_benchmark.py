@@ -83,13 +83,16 @@ def test_merging_gives_the_common_softmax(monkeypatch: pytest.MonkeyPatch) -> No
         s = jnp.einsum("BLHK,BSHK->BHLS", q, jnp.repeat(k, 2, axis=2)) * q.shape[-1] ** -0.5
         return jnp.where((age >= 0) & (age < window), s, -jnp.inf)
 
-    def band(q: jax.Array, k: jax.Array, v: jax.Array, window: int):
+    def band(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int, scale: float):
+        assert scale == q.shape[-1] ** -0.5
         s = logits(q, k, window)
         lse = jax.nn.logsumexp(s, axis=-1)
         p = jnp.exp(s - lse[..., None])
         return jnp.einsum("BHLS,BSHK->BLHK", p, jnp.repeat(v, 2, axis=2)), lse
 
-    def band_backward(q, k, v, window, o, lse, do):
+    def band_backward(q, k, v, o, lse, do, *, window, scale):
+        assert scale == q.shape[-1] ** -0.5
+
         def weighted(q, k, v):
             # The derivative of sum(do o) with lse and delta held as given.
             s = logits(q, k, window)
@@ -102,8 +105,8 @@ def test_merging_gives_the_common_softmax(monkeypatch: pytest.MonkeyPatch) -> No
 
         return jax.grad(weighted, argnums=(0, 1, 2))(q, k, v)
 
-    monkeypatch.setattr(attention_peers, "_band", band)
-    monkeypatch.setattr(attention_peers, "_band_backward", band_backward)
+    monkeypatch.setattr(attention_peers.cudnn, "band", band)
+    monkeypatch.setattr(attention_peers.cudnn, "band_backward", band_backward)
 
     def merged(*arrays: jax.Array) -> jax.Array:
         return attention_peers.cudnn_merged(*arrays, SHAPE.window, SHAPE.fading_window)

@@ -394,8 +394,6 @@ def _call(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    # Jitted, so that a kernel of which nothing is used (recomputed for results that were kept) is
-    # dropped: neither JAX nor XLA does it with one alone.
     with jax.enable_x64(False):  # indices are 32 bit wide
-        results = jax.jit(call)(*inputs.values())
+        results = call(*inputs.values())
     return dict(zip(outputs, results, strict=True))

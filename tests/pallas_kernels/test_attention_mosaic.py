@@ -5,6 +5,7 @@ stay in them. That path is lowered here; that it computes the same is for a GPU 
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as simula
 
 from pallas_kernels import Unsupported, memory_attention
 from pallas_kernels.memory_attention import pallas_mosaic_gpu, reference
+from pallas_kernels.memory_attention.api import SAVED
 from pallas_kernels.memory_attention.operands import (
     AttentionOutput,
     Eidetic,
@@ -296,3 +298,32 @@ def test_wrong_blocks_are_named(blocks: dict[str, int], message: str) -> None:
     function = functools.partial(attend, shape=shape, blocks=blocks)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(function, abstract(shape))
+
+
+@pytest.mark.parametrize(("names", "kernels"), [((SAVED,), 1), ((), 2)])
+def test_what_was_kept_is_not_computed_again(names: tuple[str, ...], kernels: int) -> None:
+    """The names of what is kept decide."""
+
+    def loss(q_BLHK: jax.Array) -> jax.Array:
+        q_BLHK = jnp.sin(q_BLHK)
+        out = memory_attention(q_BLHK, q_BLHK, q_BLHK, window=64, implementation=IMPLEMENTATION)
+        return jnp.sin(out.o_BLHK.astype(jnp.float32)).sum()
+
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    shape = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(GPU):
+        gradient = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy)))
+        found = list(_kernels(gradient.trace(shape).jaxpr.jaxpr))
+    assert found.count("memory_attention_forward_kernel") == kernels
+    assert found.count("memory_attention_queries_kernel") == 1
+
+
+def _kernels(jaxpr: Any) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "mpmd_map":
+            yield eqn.params["name"]
+            continue
+        for parameter in eqn.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _kernels(inner)

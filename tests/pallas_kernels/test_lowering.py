@@ -153,10 +153,15 @@ def test_cudnn_says_what_it_cannot_take(cudnn_found, changed, named):
         jax.eval_shape(attend, q)
 
 
-def test_cudnn_is_refused_where_it_is_not():
+def test_cudnn_is_refused_where_it_is_not(monkeypatch):
     q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with pytest.raises(Unsupported, match="NVIDIA"):
         memory_attention(q, q, q, window=8, implementation="cudnn")
+
+    def nothing_found():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(cudnn._binding, "check_cudnn_version", nothing_found)
     mesh = AbstractMesh((), (), abstract_device=DEVICES["cuda"])
     with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match="not detected"):
         jax.eval_shape(lambda q: memory_attention(q, q, q, window=8, implementation="cudnn"), q)
