@@ -59,7 +59,6 @@ from pallas_kernels.blocks import choose
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.selective_scan.operands import NEUTRAL_DT, Operands, ScanOutput
 from pallas_kernels.selective_scan.triton_kernels import (
-    Plan,
     adjoint_kernel,
     backward_kernel,
     forward_kernel,
@@ -71,6 +70,7 @@ from pallas_kernels.selective_scan.triton_lanes import (
     STEPS,
     Lanes,
 )
+from pallas_kernels.selective_scan.triton_place import Plan
 
 OP = "selective_scan/pallas_triton"
 # Warps of a program, groups of 4 steps of a trip, segments of L; steps of a chunk.
