@@ -66,6 +66,7 @@ from pallas_kernels.selective_scan.triton_kernels import (
 from pallas_kernels.selective_scan.triton_lanes import (
     CHANNELS,
     LEAST_RATE,
+    RESET_DT,
     STATES,
     STEPS,
     Lanes,
@@ -286,7 +287,7 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
     B, L, E = operands.x_BLE.shape
     N = operands.a_EN.shape[1]
     forward_segments = _enough(B, L, E, _FORWARD_WARPS)
-    few = B * E // CHANNELS * forward_segments < 4 * _FORWARD_WARPS
+    few = B * E // CHANNELS * forward_segments < 2 * _FORWARD_WARPS
     # As many instructions whatever N is: compilation takes minutes otherwise.
     groups = max(1, (8 if few else 4) // _sets(N))
     sizes = choose(
@@ -294,7 +295,7 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
         shape={"B": B, "L": L, "E": E, "N": N},
         dtype=operands.x_BLE.dtype,
         heuristic={
-            "forward_warps": 1 if few else 4,
+            "forward_warps": 4,
             "forward_groups": groups,
             "backward_warps": 4,
             "forward_segments": forward_segments,
@@ -384,9 +385,14 @@ def _padded(o: Operands, warps: int, unit: int) -> Operands:
         d_E=_pad(o.d_E.astype(f32), {0: channels}),
         z_BLE=None if o.z_BLE is None else _pad(o.z_BLE, {1: steps, 2: channels}),
         dt_bias_E=_pad(o.dt_bias_E.astype(f32), {0: channels}),
-        reset_BL=None if o.reset_BL is None else _pad(o.reset_BL.astype(jnp.int8), {1: steps}),
+        reset_BL=None if o.reset_BL is None else _pad(_step_sizes(o.reset_BL), {1: steps}),
         h0_BEN=_pad(o.h0_BEN.astype(f32), {1: channels, 2: states}),
     )
+
+
+def _step_sizes(reset_BL: Array) -> Array:
+    """Below every step size, or that of a reset."""
+    return jnp.where(reset_BL, RESET_DT, 0).astype(jnp.bfloat16)
 
 
 def _cut(name: str, v: Array, segments: int) -> Array:

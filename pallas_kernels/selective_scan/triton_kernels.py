@@ -90,8 +90,6 @@ def _arrived(v: Array, zeros: Array) -> Array:
     """What was loaded when `zeros` is known, as float32; a pair stays packed, for the registers."""
     if v.ndim == 2:
         zeros = jnp.broadcast_to(zeros[:, None], v.shape)
-    if v.dtype == jnp.int8:
-        return (v.astype(jnp.int32) | zeros).astype(jnp.float32)
     if v.dtype == jnp.bfloat16:
         bits = lax.bitcast_convert_type(v, jnp.uint16).astype(jnp.int32)
         return lax.bitcast_convert_type(bits << (16 | zeros), jnp.float32)
@@ -104,7 +102,7 @@ def _otherwise(v: Array) -> Array:
     """Values of the same kind that depend on v and are not what it arrives as."""
     if v.dtype == jnp.int32:
         return 3 * v
-    bits = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}[v.dtype.itemsize]
+    bits = {2: jnp.int16, 4: jnp.int32}[v.dtype.itemsize]
     return (3 * lax.bitcast_convert_type(v, bits).astype(jnp.int32)).astype(jnp.float32)
 
 
@@ -122,7 +120,7 @@ def prepare(place: Place, loaded: Mapping[str, Array]) -> Prepared:
     dt, slope = place.plan.lanes.softplus(loaded["dt_BLE"] + place.dt_bias)
     decay_dt = dt
     if "reset_BL" in loaded:
-        decay_dt = jnp.where(loaded["reset_BL"] != 0, RESET_DT, dt)
+        decay_dt = jnp.maximum(dt, loaded["reset_BL"])
     x = loaded.get("x_BLE", dt)
     return Prepared(dt, slope, decay_dt, x, dt * x)
 
@@ -338,8 +336,11 @@ def _keep_states(place: Place, first: Array) -> None:
     in_chunk = plan.chunk // STEPS
     in_trip = min(max(1, _AGAIN // plan.sets), in_chunk)
 
+    chunk = first >> (in_chunk.bit_length() - 1)
+
     def fetch(trip: Array) -> Any:
-        groups = groups_of(first + trip * in_trip, in_trip)
+        number = bounded(chunk * (in_chunk // in_trip) + trip, plan.L // (STEPS * in_trip))
+        groups = groups_of(number * in_trip, in_trip)
         return [(place.elements(_DRIVE, g), place.outer("b_BLN", g)) for g in groups]
 
     def compute(trip: Array, loaded: Any, h: Any) -> Any:
@@ -356,7 +357,6 @@ def _keep_states(place: Place, first: Array) -> None:
                     h[s] = lanes.fma(decay, h[s], entering[s][j])
         return h, _first(h)
 
-    chunk = first >> (in_chunk.bit_length() - 1)
     in_trips(place, in_chunk // in_trip, fetch, compute, place.load_states("starts_BCEN", chunk))
 
 
