@@ -173,7 +173,7 @@ def parts_of(config: ModelConfig, *, batch: int, length: int) -> dict[str, MakeP
 
         def run(inputs: Arrays, constants: Any) -> Arrays:
             chosen, positions_BL = constants
-            kept = memory.recall(inputs, chosen, window=W, chunk=C)
+            kept = memory.recall(inputs, chosen)
             slots_BZM = memory.slot_positions(
                 positions_BL[:, ::C], window=W, fading_window=config.fading_span, size=M
             )

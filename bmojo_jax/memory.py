@@ -14,7 +14,7 @@ the top M of the last few chunks' candidates before every chunk, then the top M 
 lists, which together cover a multiple of the chunks, until a list covers the whole prefix: one to
 three merges, each a `top_k` of about MERGED candidates for every chunk, O(L) work for fixed M, C.
 
-`recall` gathers what is kept. On a GPU its gradient is gathers too, see `_sums_of_stays`.
+`recall` gathers what is kept. On a GPU its gradient is gathers too, see `_sums_by_sort`.
 
 Compiled for an H100, `select` is 5 kernels at L = 2048 and 11 at L = 131,072 (M = 64, C = 256; an
 associative scan over the chunks: 25 and 88), which move 0.4 and 63 MB; `top_k` is one kernel that
@@ -45,7 +45,7 @@ TAPS = 4  # of the moving average
 # Candidates that one merge looks at: fewer would take more merges, each a few kernels, more larger
 # sorts for every chunk.
 MERGED = 2048
-STAY = 8  # chunks whose gradients of a token are added up at once
+STAY = 8  # gradients of a token that are added up at once
 
 
 class Selection(NamedTuple):
@@ -179,22 +179,20 @@ def select(
     return Selection(index_BZM=jnp.maximum(time_BZM, 0), valid_BZM=time_BZM >= 0)
 
 
-def recall(
-    tokens: Mapping[str, Array], chosen: Selection, *, window: int, chunk: int
-) -> dict[str, Array]:
+def recall(tokens: Mapping[str, Array], chosen: Selection) -> dict[str, Array]:
     """What the chosen tokens hold: arrays [B, L, ...] by name to [B, Z, M, ...].
 
     An empty slot holds some token, and gives it no gradient.
 
     Args:
-      chosen: of `select` with these `window` and `chunk`.
+      chosen: of `select`; a chunk may choose a token once.
     """
     time_BZM = jnp.where(chosen.valid_BZM, chosen.index_BZM, -1)
 
     def taken(x: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return _rows(x, chosen.index_BZM)
-        return _recall(window, chunk, x.shape[1], x, time_BZM)
+        return _recall(x.shape[1], x, time_BZM)
 
     return {name: taken(x) for name, x in tokens.items()}
 
@@ -205,26 +203,21 @@ def _rows(x: Array, index: Array) -> Array:
     return jax.vmap(take)(x, index)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _recall(window: int, chunk: int, length: int, x: Array, time_BZM: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recall(length: int, x: Array, time_BZM: Array) -> Array:
     return _rows(x, time_BZM)
 
 
-def _recall_forward(
-    window: int, chunk: int, length: int, x: Array, time_BZM: Array
-) -> tuple[Array, Array]:
+def _recall_forward(length: int, x: Array, time_BZM: Array) -> tuple[Array, Array]:
     return _rows(x, time_BZM), time_BZM
 
 
-def _recall_backward(
-    window: int, chunk: int, length: int, time_BZM: Array, d_kept: Array
-) -> tuple[Array, None]:
+def _recall_backward(length: int, time_BZM: Array, d_kept: Array) -> tuple[Array, None]:
     """Of every token the sum over all chunks that keep it, in float32."""
-    options = {"window": window, "chunk": chunk, "length": length}
     d_x = jax.lax.platform_dependent(
         time_BZM,
         d_kept,
-        cuda=functools.partial(_sums_of_stays, **options),
+        cuda=functools.partial(_sums_by_sort, length=length),
         default=functools.partial(_sums_by_scatter, length=length),
     )
     return d_x, None
@@ -243,51 +236,42 @@ def _sums_by_scatter(time_BZM: Array, d_kept: Array, *, length: int) -> Array:
     return sums.astype(d_kept.dtype)
 
 
-def _sums_of_stays(
-    time_BZM: Array, d_kept: Array, *, window: int, chunk: int, length: int
-) -> Array:
-    """The same by gathers alone.
+def _sums_by_sort(time_BZM: Array, d_kept: Array, *, length: int) -> Array:
+    """The same without a scatter, whose order of additions is not fixed on a GPU, or which sorts
+    all that it adds where it must be.
 
-    On a GPU a scatter adds rows up in any order, or in several sorted passes where that is not
-    allowed. But a token that is kept is so from the first chunk for which it is a candidate until
-    it is dropped for good. So STAY terms of its sum are looked up and added at once, first those
-    from every slot on, until STAY such sums are all of a token's. At L = 32,768, M = 64, C = 256
-    the gradients of keys and values [L, 4, 128] move 0.3 GB so, 0.7 GB by scatters, 2.1 GB by
-    sorted ones.
+    Slots are sorted by their token, so that a token's terms are neighbours: at most one a chunk.
+    STAY neighbours are added at once, then STAY such sums, until a token's first slot has all of
+    its terms; then tokens look there.
     """
     batch, num_chunks, size = time_BZM.shape
-
-    def stays(time_BS: Array, chunk_S: Array, step: int) -> Array:
-        """Where tokens are kept `step` chunks apart from these on: [B, S, STAY] flat, or -1.
-
-        For an empty slot that is nonsense, and so is the sum, which no token looks up.
-        """
-        later_SR = chunk_S[:, None] + step * jnp.arange(STAY)[None, :]
-        kept_BSRM = jnp.take(time_BZM, later_SR, axis=1, mode="clip")
-        same = kept_BSRM == time_BS[:, :, None, None]
-        same &= (later_SR < num_chunks)[None, :, :, None]
-        number = later_SR[:, :, None] * size + jnp.arange(1, size + 1)[None, None, :]
-        return jnp.sum(jnp.where(same, number[None], 0), axis=-1) - 1
-
-    def added(sums: Array, from_BSR: Array) -> Array:
-        total = jnp.zeros((batch, from_BSR.shape[1], *sums.shape[2:]), wide)
-        for nth in range(STAY):
-            index_BS = from_BSR[:, :, nth]
-            there = (index_BS >= 0).reshape(*index_BS.shape, *(1,) * (sums.ndim - 2))
-            total += jnp.where(there, _rows(sums, index_BS).astype(wide), 0)
-        return total
-
     wide = at_least_float32(d_kept.dtype)
-    sums = d_kept.reshape(batch, num_chunks * size, *d_kept.shape[3:])
-    step = 1
-    while step * STAY < num_chunks:
-        chunk_S = jnp.repeat(jnp.arange(num_chunks), size)
-        sums = added(sums, stays(time_BZM.reshape(batch, -1), chunk_S, step))
-        step *= STAY
+    token_BS = jnp.where(time_BZM >= 0, time_BZM, length).reshape(batch, num_chunks * size)
+    order_BS = jnp.argsort(token_BS, axis=1, stable=True)
+    token_BS = jnp.take_along_axis(token_BS, order_BS, axis=1)
+    sums = _rows(d_kept.reshape(*token_BS.shape, *d_kept.shape[3:]), order_BS)
+
+    def where(there: Array, rows: Array) -> Array:
+        return jnp.where(there.reshape(*there.shape, *(1,) * (rows.ndim - 2)), rows, 0)
+
+    def later(v: Array, steps: int, fill: int) -> Array:
+        after = jnp.full((batch, min(steps, v.shape[1]), *v.shape[2:]), fill, v.dtype)
+        return jnp.concatenate([v[:, steps:], after], axis=1)
+
+    reach = 1
+    while reach < num_chunks:
+        # Once in memory: a fusion would look up or add the same rows again for every term.
+        total = sums = jax.lax.optimization_barrier(sums).astype(wide)
+        for steps in range(reach, min(reach * STAY, num_chunks), reach):
+            total += where(later(token_BS, steps, -1) == token_BS, later(sums, steps, 0))
+        sums, reach = total, reach * STAY
+    sums = jax.lax.optimization_barrier(sums)
     time_L = jnp.arange(length)
-    first_L = -(-(time_L + window) // chunk)
-    time_BL = jnp.broadcast_to(time_L[None], (batch, length))
-    return added(sums, stays(time_BL, first_L, step)).astype(d_kept.dtype)
+    search = functools.partial(jnp.searchsorted, v=time_L, method="scan_unrolled")
+    first_BL = jax.vmap(search)(token_BS)
+    found_BL = jnp.take_along_axis(token_BS, first_BL, axis=1, mode="clip") == time_L[None]
+    d_x = where(found_BL, _rows(sums, first_BL)).astype(d_kept.dtype)
+    return jax.lax.optimization_barrier(d_x)  # it is read several times
 
 
 def empty_slots(batch: int, size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Slots:

@@ -150,7 +150,7 @@ def remember(
     pieces = _pieces(e_BL.shape[1], chunk)
     if pieces == 1:
         chosen = memory.select(e_BL, start_BL, **options)
-        return Memory(*chosen, memory.recall(tokens, chosen, window=window, chunk=chunk))
+        return Memory(*chosen, memory.recall(tokens, chosen))
 
     names = list(tokens)  # their order is another one inside
 

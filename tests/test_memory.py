@@ -213,7 +213,7 @@ def test_gradients_of_what_is_recalled(rng, monkeypatch, length, window, chunk, 
             return jnp.stack(kept)
 
         def recalled(x_BLGK):
-            return memory.recall({"k_BLGK": x_BLGK}, chosen, **options)["k_BLGK"]
+            return memory.recall({"k_BLGK": x_BLGK}, chosen)["k_BLGK"]
 
         kept, pull = jax.vjp(recalled, tokens["k_BLGK"])
         want, pull_plain = jax.vjp(plain, tokens["k_BLGK"])
@@ -222,7 +222,7 @@ def test_gradients_of_what_is_recalled(rng, monkeypatch, length, window, chunk, 
         (d_want,) = pull_plain(d_kept)
         np.testing.assert_allclose(pull(d_kept)[0], d_want, atol=1e-12)
         time_BZM = jnp.where(chosen.valid_BZM, chosen.index_BZM, -1)
-        sums = memory._sums_of_stays(time_BZM, d_kept, **options, length=length)
+        sums = memory._sums_by_sort(time_BZM, d_kept, length=length)
         np.testing.assert_allclose(sums, d_want, atol=1e-12)
 
 
@@ -234,7 +234,7 @@ def test_gradients_on_a_gpu_have_no_scatter():
     valid_BZM = jax.ShapeDtypeStruct((1, 64, 4), jnp.bool_)
 
     def loss(k_BLGK, *chosen):
-        kept = memory.recall({"k": k_BLGK}, memory.Selection(*chosen), window=9, chunk=32)
+        kept = memory.recall({"k": k_BLGK}, memory.Selection(*chosen))
         return jnp.square(kept["k"]).astype(jnp.float32).sum()
 
     for platform, scatters in (("cuda", False), ("cpu", True)):
@@ -255,7 +255,7 @@ def test_recalled_integers_and_bfloat16(rng):
     tokens = {"x_BLD": x_BLD, "positions_BL": jnp.arange(length)[None]}
 
     def total(x_BLD):
-        kept = memory.recall(tokens | {"x_BLD": x_BLD}, chosen, window=2, chunk=chunk)
+        kept = memory.recall(tokens | {"x_BLD": x_BLD}, chosen)
         np.testing.assert_array_equal(kept["positions_BL"], chosen.index_BZM)
         return kept["x_BLD"].astype(jnp.float32).sum()
 
@@ -265,7 +265,7 @@ def test_recalled_integers_and_bfloat16(rng):
     np.testing.assert_array_equal(jax.grad(total)(x_BLD)[0, 3], rounded)
     d_kept = jnp.ones((1, length // chunk, 1, 5), jnp.bfloat16)
     time_BZM = jnp.where(chosen.valid_BZM, chosen.index_BZM, -1)
-    sums = memory._sums_of_stays(time_BZM, d_kept, window=2, chunk=chunk, length=length)
+    sums = memory._sums_by_sort(time_BZM, d_kept, length=length)
     np.testing.assert_array_equal(sums[0, 3], rounded)
 
 
