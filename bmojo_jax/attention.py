@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from bmojo_jax import memory, operations
 from bmojo_jax.cache import (
@@ -21,12 +21,20 @@ from bmojo_jax.cache import (
     EideticCache,
     KeyRing,
     Piece,
+    ring_of,
     ring_times,
     write,
     write_keys,
 )
 from bmojo_jax.config import ModelConfig
-from bmojo_jax.layers import Documents, Projection, RMSNorm, at_least_float32, rotary
+from bmojo_jax.layers import (
+    Documents,
+    Projection,
+    RMSNorm,
+    at_least_float32,
+    one_document,
+    rotary,
+)
 
 # Keeps log(e / mean e) finite where a token was predicted without error.
 INNOVATION_FLOOR = 1e-6
@@ -64,6 +72,14 @@ def attend(q_BLHK: Float[Array, "B L H K"], streams: list[KeyStream]) -> Float[A
     weights = weights_BHLS.reshape(batch, groups, heads // groups, length, -1)
     o = jnp.einsum("BGJLS,BSGK->BLGJK", weights, v_BSGK, preferred_element_type=wide)
     return o.reshape(batch, length, heads, width).astype(q_BLHK.dtype)
+
+
+class Seen(NamedTuple):
+    """Keys, normed and not rotated, and values of a whole pass; streams it does not have: None."""
+
+    window: tuple[Array, Array]
+    fading: tuple[Array, Array] | None
+    kept: operations.Memory | None
 
 
 class Attention(nnx.Module):
@@ -156,30 +172,7 @@ class Attention(nnx.Module):
           e_BL: the innovations (needed when eidetic_tokens > 0).
           statistics: also return the share of attention mass on each stream, and what is kept.
         """
-        positions_BL = documents.positions_BL
-        q_BLHK = self.rotate(self.queries(u_BLD), positions_BL)
-        k_BLGK, v_BLGK = self.keys_values(u_BLD)
-        streams: dict[str, Any] = {}
-        kept = None
-        if self.eidetic_tokens:
-            assert e_BL is not None
-            kept = self._remember(k_BLGK, v_BLGK, e_BL, documents)
-            streams |= self._eidetic(kept, positions_BL)
-        if self.fading_window:
-            assert f_BLD is not None
-            fading_k_BLGK, fading_v_BLGK = self.fading_keys_values(f_BLD)
-            streams |= {
-                "fading_k_BLGK": self.rotate(fading_k_BLGK, positions_BL),
-                "fading_v_BLGK": fading_v_BLGK,
-                "fading_window": self.fading_window,
-            }
-        window = u_BLD.shape[1] if self.window is None else self.window
-        shared: dict[str, Any] = {
-            "window": window,
-            "segment_ids_BL": documents.segment_ids_BL,
-            "implementation": self.config.attention_implementation,
-        }
-        qkv = (q_BLHK, self.rotate(k_BLGK, positions_BL), v_BLGK)
+        qkv, streams, shared, seen = self._streams(u_BLD, documents, f_BLD, e_BL)
         o_BLHK, lse_BLH = operations.memory_attention(*qkv, **streams, **shared)
         masses = {}
         if statistics:
@@ -193,9 +186,86 @@ class Attention(nnx.Module):
                 "mass_fading": recent - in_context,
                 "mass_eidetic": 1 - recent,
             }
-            if kept is not None:
-                masses |= self._memory_statistics(kept)
+            if seen.kept is not None:
+                masses |= self._memory_statistics(seen.kept)
         return self.output(o_BLHK), masses
+
+    def prefill(
+        self,
+        u_BLD: Float[Array, "B L D"],
+        length_B: Int[Array, " B"],
+        empty: AttentionCache,
+        *,
+        f_BLD: Float[Array, "B L D"] | None = None,
+        e_BL: Float[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], AttentionCache]:
+        """The whole pass of new rows, one document each, of length_B tokens, and their cache."""
+        documents = one_document(*u_BLD.shape[:2])
+        qkv, streams, shared, seen = self._streams(u_BLD, documents, f_BLD, e_BL)
+        o_BLHK = operations.memory_attention(*qkv, **streams, **shared).o_BLHK
+
+        def ring(keys_values: tuple[Array, Array], like: KeyRing) -> KeyRing:
+            return KeyRing(
+                *(ring_of(x, length_B, v) for x, v in zip(keys_values, like, strict=True))
+            )
+
+        fading = eidetic = None
+        if empty.fading is not None:
+            assert seen.fading is not None
+            fading = ring(seen.fading, empty.fading)
+        if empty.eidetic is not None:
+            assert e_BL is not None and seen.kept is not None
+            eidetic = self._first_memory(seen.kept, e_BL, length_B, empty.eidetic)
+        cache = AttentionCache(ring(seen.window, empty.window), fading, eidetic)
+        return self.output(o_BLHK), cache
+
+    def _streams(self, u_BLD, documents: Documents, f_BLD, e_BL):
+        """What `memory_attention` takes: q, k and v; the other streams; the rest. And `Seen`."""
+        positions_BL = documents.positions_BL
+        q_BLHK = self.rotate(self.queries(u_BLD), positions_BL)
+        k_BLGK, v_BLGK = self.keys_values(u_BLD)
+        streams: dict[str, Any] = {}
+        kept = fading = None
+        if self.eidetic_tokens:
+            assert e_BL is not None
+            kept = self._remember(k_BLGK, v_BLGK, e_BL, documents)
+            streams |= self._eidetic(kept, positions_BL)
+        if self.fading_window:
+            assert f_BLD is not None
+            fading = self.fading_keys_values(f_BLD)
+            streams |= {
+                "fading_k_BLGK": self.rotate(fading[0], positions_BL),
+                "fading_v_BLGK": fading[1],
+                "fading_window": self.fading_window,
+            }
+        shared: dict[str, Any] = {
+            "window": u_BLD.shape[1] if self.window is None else self.window,
+            "segment_ids_BL": documents.segment_ids_BL,
+            "implementation": self.config.attention_implementation,
+        }
+        qkv = (q_BLHK, self.rotate(k_BLGK, positions_BL), v_BLGK)
+        return qkv, streams, shared, Seen((k_BLGK, v_BLGK), fading, kept)
+
+    def _first_memory(
+        self, kept: operations.Memory, e_BL: Array, length_B: Array, empty: EideticCache
+    ) -> EideticCache:
+        """The memory of the chunk of each new row's last token."""
+        chunk_B = jnp.maximum(length_B - 1, 0) // self.config.chunk
+
+        def of_chunk(x_BZ: Array) -> Array:
+            index = chunk_B.reshape((-1,) + (1,) * (x_BZ.ndim - 1))
+            return jnp.take_along_axis(x_BZ, index, axis=1)[:, 0]
+
+        valid_BM = of_chunk(kept.valid_BZM)
+        dtype = empty.slots.innovation_BM.dtype
+        innovation_BM = jnp.where(valid_BM, of_chunk(kept.tokens["e_BL"]).astype(dtype), -jnp.inf)
+        time_BM = jnp.where(valid_BM, of_chunk(kept.index_BZM), -1)
+        return EideticCache(
+            slots=memory.Slots(innovation_BM=innovation_BM, time_BM=time_BM),
+            k_BMGK=of_chunk(kept.tokens["k_BLGK"]).astype(empty.k_BMGK.dtype),
+            v_BMGK=of_chunk(kept.tokens["v_BLGK"]).astype(empty.v_BMGK.dtype),
+            e_BR=ring_of(e_BL, length_B, empty.e_BR),
+        )
 
     def extend(
         self,

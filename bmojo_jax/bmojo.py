@@ -10,13 +10,13 @@ With M = 0 this is B'MOJO-F; with F = 0 too it is a sliding window beside an SSM
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bmojo_jax import operations
 from bmojo_jax.attention import Attention
-from bmojo_jax.cache import BmojoCache, Piece, shift
+from bmojo_jax.cache import BmojoCache, Piece, last, shift
 from bmojo_jax.config import ModelConfig
-from bmojo_jax.layers import Documents, RMSNorm
+from bmojo_jax.layers import Documents, RMSNorm, one_document
 from bmojo_jax.memory import innovation
 from bmojo_jax.ssm import Mamba
 
@@ -64,6 +64,22 @@ class Bmojo(nnx.Module):
         if statistics and e_BL is not None:
             measured["innovation"] = jax.lax.stop_gradient(jnp.mean(e_BL))
         return self._residual(out_BLD, ssm_BLD), measured
+
+    def prefill(
+        self, u_BLD: Float[Array, "B L D"], length_B: Int[Array, " B"], empty: BmojoCache
+    ) -> tuple[Float[Array, "B L D"], BmojoCache]:
+        """The whole pass of new rows, one document each, of length_B tokens, and their cache."""
+        ssm_BLD, ssm_cache = self.ssm.prefill(u_BLD, length_B, empty.ssm)
+        f_BLD = self._fading(ssm_BLD)
+        e_BL = states_BTD = None
+        if empty.states_BTD is not None:
+            s_BLD = self._signal(u_BLD, f_BLD)
+            e_BL = operations.innovation(s_BLD, one_document(*u_BLD.shape[:2]).positions_BL)
+            states_BTD = last(s_BLD, length_B, empty.states_BTD)
+        out_BLD, attention_cache = self.attention.prefill(
+            u_BLD, length_B, empty.attention, f_BLD=f_BLD, e_BL=e_BL
+        )
+        return self._residual(out_BLD, ssm_BLD), BmojoCache(ssm_cache, attention_cache, states_BTD)
 
     def extend(
         self, u_BLD: Float[Array, "B L D"], cache: BmojoCache, piece: Piece

@@ -1,7 +1,8 @@
 """What decoding keeps of the past: constant memory per layer, however long the context.
 
-Only full attention layers grow, up to a length fixed beforehand. A row is continued piece by
-piece; a piece of one token is a decoding step, longer ones make up a prefill.
+Only full attention layers grow, up to a length fixed beforehand. A new row starts with a whole pass
+(`prefill`), or with an empty cache; then it is continued piece by piece (`extend`). A piece of one
+token is a decoding step.
 
 Everything counts in *times*: tokens since the start of the row. The document of a token is told by
 the time at which it starts, so that packed documents need no bookkeeping in the caches: a key of
@@ -15,7 +16,6 @@ time t is of the query's document when t >= start.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -88,13 +88,16 @@ class BmojoCache(NamedTuple):
     states_BTD: Float[Array, "B T D"] | None  # the last 4 states, for the innovation
 
 
+# Of every group the caches of its blocks. Not stacked: a step writes into them in place.
+Layers = tuple[tuple[SsmCache | AttentionCache | BmojoCache, ...], ...]
+
+
 class Cache(NamedTuple):
     """Of a model: rows that were fed time_B tokens so far."""
 
     time_B: Int[Array, " B"]
     position_B: Int[Array, " B"]  # of the next token, should it continue the last document
-    # groups[i]: the cache of block i of the pattern, arrays with a leading axis of groups.
-    groups: tuple[SsmCache | AttentionCache | BmojoCache, ...]
+    layers: Layers
 
 
 def shift(tail: Array, new_BLX: Array, length_B: Int[Array, " B"]) -> Array:
@@ -102,6 +105,26 @@ def shift(tail: Array, new_BLX: Array, length_B: Int[Array, " B"]) -> Array:
     history = jnp.concatenate([tail, new_BLX.astype(tail.dtype)], axis=1)
     index_BT = length_B[:, None] + jnp.arange(tail.shape[1])[None, :]
     return jnp.take_along_axis(history, index_BT[:, :, None], axis=1)
+
+
+def last(x_BLX: Array, length_B: Int[Array, " B"], like: Array) -> Array:
+    """Of new rows of length_B tokens the last entries, as many as `like`, [B, T, X], has; zeros
+    before the row."""
+    time_BT = length_B[:, None] + jnp.arange(-like.shape[1], 0)[None, :]
+    return _at(x_BLX, time_BT).astype(like.dtype)
+
+
+def ring_of(x_BL: Array, length_B: Int[Array, " B"], like: Array) -> Array:
+    """What a ring `like` [B, R, ...] holds after the first length_B of x_BL[B, L, ...], which
+    starts the row; zeros where there is nothing yet."""
+    return _at(x_BL, ring_times(length_B, like.shape[1])).astype(like.dtype)
+
+
+def _at(x_BL: Array, time_BT: Int[Array, "B T"]) -> Array:
+    """Entries of new rows by their times; zeros for negative ones."""
+    times = time_BT.reshape(*time_BT.shape, *(1,) * (x_BL.ndim - 2))
+    taken = jnp.take_along_axis(x_BL, jnp.maximum(times, 0), axis=1, mode="clip")
+    return jnp.where(times >= 0, taken, 0)
 
 
 def write(buffer_BR: Array, new_BL: Array, piece: Piece) -> Array:
@@ -135,10 +158,10 @@ def _state_dtype(config: ModelConfig) -> jnp.dtype:
 
 def check_room(config: ModelConfig, cache: Cache, longest: int) -> None:
     """Raises ValueError if full attention cannot hold `longest` tokens in a row."""
-    for block, layer in zip(config.blocks, cache.groups, strict=True):
+    for block, layer in zip(config.blocks, cache.layers[0], strict=True):
         if block.mixer == "attention":
             assert isinstance(layer, AttentionCache)
-            room = layer.window.k_BRGK.shape[2]  # behind the axes of groups and rows
+            room = layer.window.k_BRGK.shape[1]
             if longest > room:
                 raise ValueError(
                     f"a row of {longest} tokens: the cache was made for max_length={room}"
@@ -205,10 +228,11 @@ def empty_cache(config: ModelConfig, batch: int, *, max_length: int) -> Cache:
     """
     if batch < 1 or max_length < 1:
         raise ValueError(f"{batch=} and {max_length=} must be positive")
-    groups = tuple(_mixer(config, spec, batch, max_length) for spec in config.blocks)
-    stack = lambda x: jnp.broadcast_to(x[None], (config.num_groups, *x.shape))  # noqa: E731
     return Cache(
         time_B=jnp.zeros((batch,), jnp.int32),
         position_B=jnp.zeros((batch,), jnp.int32),
-        groups=jax.tree.map(stack, groups),
+        layers=tuple(
+            tuple(_mixer(config, spec, batch, max_length) for spec in config.blocks)
+            for _ in range(config.num_groups)
+        ),
     )

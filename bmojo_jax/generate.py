@@ -1,4 +1,4 @@
-"""Generation: prefill in pieces, then one token at a time with constant memory.
+"""Generation: a whole pass over the prompts, then one token at a time with constant memory.
 
     python -m bmojo_jax.generate --workdir DIR --prompt "def main("
 
@@ -9,12 +9,13 @@ stopped is no longer advanced. Sampling follows the usual order: temperature, th
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from bmojo_jax import checkpoint, console, model
@@ -67,8 +68,18 @@ def sample(logits_BV: Float[Array, "B V"], key: Array, sampling: Sampling) -> In
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def _extend(
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(
+    config: ModelConfig, params: Params, empty: Cache, tokens_BL: Array, length_B: Array
+) -> tuple[Array, Cache]:
+    """The logits after the first length_B tokens of each row, and the cache."""
+    language_model = model.bind(config, params)
+    x_BLD, cache = language_model.prefill(tokens_BL, length_B, empty)
+    x_B1D = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)
+    return language_model.logits(x_B1D)[:, 0], cache
+
+
+def _extended(
     config: ModelConfig,
     params: Params,
     cache: Cache,
@@ -85,7 +96,63 @@ def _extend(
     return jnp.where((length_B > 0)[:, None], after_BV, logits_BV), cache
 
 
+@functools.cache
+def _extend(platform: str) -> Callable[..., tuple[Array, Cache]]:
+    """`_extended`, compiled; the cache and the old logits are donated.
+
+    For one row on a GPU, XLA would write every weight times its input to memory, and then sum."""
+    options = {"xla_disable_hlo_passes": "dot-strength-reduction"} if platform == "gpu" else None
+    return jax.jit(_extended, static_argnums=0, donate_argnums=(2, 3), compiler_options=options)
+
+
+def step(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    logits_BV: Float[Array, "B V"],
+    tokens_BL: Int[ArrayLike, "B L"],
+    length_B: Int[ArrayLike, " B"],
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Continues every row by the first length_B of its tokens, a piece: compiled once a size.
+
+    Args:
+      cache, logits_BV: what the step before returned; they are donated.
+
+    Returns:
+      The logits after each row's last token, float32 (the old ones where it has none), the cache.
+    """
+    extend = _extend(jax.default_backend())
+    return extend(config, params, cache, logits_BV, tokens_BL, length_B)
+
+
 _sample = jax.jit(sample, static_argnames="sampling")
+
+
+def begin(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_length: int,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Feeds prompts of any lengths to new rows, in one pass, as `prefill` does with an empty cache.
+
+    Args:
+      max_length: of a row in the end; see `empty_cache`.
+
+    Returns:
+      The logits that follow each prompt, float32, and the cache.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    cache = empty_cache(config, max(len(prompts), 1), max_length=max_length)
+    longest = int(lengths.max(initial=0))
+    if longest <= longest_piece(config):  # with one program for all of them
+        return prefill(config, params, cache, prompts)
+    check_room(config, cache, longest)
+    # Few lengths to compile for, and few tokens in vain: eight steps from 2^n to 2^(n+1).
+    step = max(longest_piece(config), 1 << max(longest.bit_length() - 4, 0))
+    tokens = _rows(config, prompts, lengths, -(-longest // step) * step)
+    return _begin(config, params, cache, tokens, lengths)
 
 
 def prefill(
@@ -96,7 +163,7 @@ def prefill(
     *,
     piece: int | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Feeds prompts of any lengths, in pieces.
+    """Continues rows with prompts of any lengths, in pieces.
 
     Args:
       cache: continued where it stands; it is donated. Full attention needs room for the prompts.
@@ -110,25 +177,33 @@ def prefill(
     piece = longest if piece is None else piece
     if not 1 <= piece <= longest:
         raise ValueError(f"{piece=}: must be in [1, {longest}] (model.chunk={config.chunk})")
-    if not prompts or min(len(prompt) for prompt in prompts) == 0:
-        raise ValueError("every prompt needs at least one token")
-    piece = min(piece, max(len(prompt) for prompt in prompts))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    rounds = -(-int(lengths.max()) // piece)
-    tokens = np.zeros((len(prompts), rounds * piece), np.int32)
+    piece = min(piece, int(lengths.max(initial=1)))
+    rounds = -(-int(lengths.max(initial=0)) // piece)
+    tokens = _rows(config, prompts, lengths, rounds * piece)
+    check_room(config, cache, int((np.asarray(cache.time_B) + lengths).max()))
+    logits_BV = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
+    for first in range(0, tokens.shape[1], piece):
+        length_B = np.clip(lengths - first, 0, piece)
+        tokens_BL = tokens[:, first : first + piece]
+        logits_BV, cache = step(config, params, cache, logits_BV, tokens_BL, length_B)
+    return logits_BV, cache
+
+
+def _rows(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], lengths: np.ndarray, length: int
+) -> np.ndarray:
+    """The prompts as rows of one length, checked."""
+    if not lengths.size or not lengths.min():
+        raise ValueError("every prompt needs at least one token")
+    tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise ValueError(
             f"token ids in [{tokens.min()}, {tokens.max()}]: must be in [0, {config.vocab_size})"
         )
-    check_room(config, cache, int((np.asarray(cache.time_B) + lengths).max()))
-    logits_BV = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
-    for first in range(0, tokens.shape[1], piece):
-        length_B = np.clip(lengths - first, 0, piece)
-        tokens_BL = tokens[:, first : first + piece]
-        logits_BV, cache = _extend(config, params, cache, logits_BV, tokens_BL, length_B)
-    return logits_BV, cache
+    return tokens
 
 
 def stream(
@@ -148,12 +223,11 @@ def stream(
     if max_tokens < 1:
         raise ValueError(f"{max_tokens=}: must be >= 1")
     longest = max((len(prompt) for prompt in prompts), default=0)
-    cache = empty_cache(config, max(len(prompts), 1), max_length=longest + max_tokens)
-    logits_BV, cache = prefill(config, params, cache, prompts)
+    logits_BV, cache = begin(config, params, prompts, max_length=longest + max_tokens)
     running_B = np.ones(len(prompts), bool)
     keys = jax.random.split(jax.random.key(seed), max_tokens)
-    for step in range(max_tokens):
-        token_B = _sample(logits_BV, keys[step], sampling=sampling)
+    for number in range(max_tokens):
+        token_B = _sample(logits_BV, keys[number], sampling=sampling)
         chosen = np.asarray(token_B)
         yield [
             int(token) if running else None
@@ -162,9 +236,9 @@ def stream(
         running_B &= ~np.isin(chosen, list(stop_ids))
         if not running_B.any():
             return
-        if step + 1 < max_tokens:
+        if number + 1 < max_tokens:
             length_B = running_B.astype(np.int32)
-            logits_BV, cache = _extend(config, params, cache, logits_BV, token_B[:, None], length_B)
+            logits_BV, cache = step(config, params, cache, logits_BV, token_B[:, None], length_B)
 
 
 def generate(
@@ -216,7 +290,7 @@ def _print_continuation(trained: checkpoint.Trained, sampling: Sampling) -> None
     print(values.prompt, end="", flush=True)
     for tokens in stream(
         trained.config.model,
-        trained.params,
+        model.for_inference(trained.config.model, trained.params),
         [prompt],
         max_tokens=values.tokens,
         sampling=dataclasses.replace(sampling, num_words=tokenizer.vocab_size),

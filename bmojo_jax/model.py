@@ -13,6 +13,7 @@ it over a nested dict of parameters (training). Parameters are float32.
 """
 
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from bmojo_jax import memory
 from bmojo_jax.attention import Attention
 from bmojo_jax.bmojo import Bmojo
-from bmojo_jax.cache import Cache, Piece, longest_piece
+from bmojo_jax.cache import Cache, Layers, Piece, longest_piece
 from bmojo_jax.config import BlockSpec, ModelConfig
 from bmojo_jax.layers import (
     PRODUCT,
@@ -90,6 +91,10 @@ class Block(nnx.Module):
         else:
             out_BLD, measured = self.mixer(u_BLD, documents, statistics=statistics)
         return self._mlp(x_BLD + out_BLD), measured
+
+    def prefill(self, x_BLD: Array, length_B: Array, empty: Any) -> tuple[Array, Any]:
+        out_BLD, cache = self.mixer.prefill(self.norm(x_BLD), length_B, empty)
+        return self._mlp(x_BLD + out_BLD), cache
 
     def extend(self, x_BLD: Array, cache: Any, piece: Piece) -> tuple[Array, Any]:
         out_BLD, cache = self.mixer.extend(self.norm(x_BLD), cache, piece)
@@ -160,6 +165,25 @@ class LanguageModel(nnx.Module):
         x_BLD, measured = jax.lax.scan(_remat(body, config.remat), self._embed(tokens_BL), stacked)
         return self.norm(x_BLD), measured
 
+    def prefill(
+        self, tokens_BL: Int[Array, "B L"], length_B: Int[Array, " B"], empty: Cache
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        """The whole pass of new rows, one document each, and the cache with which `extend` goes on.
+
+        Args:
+          length_B: tokens of each row that count, at least 1; what is behind them is ignored.
+          empty: of `empty_cache`, made for this many rows; for full attention at least this long.
+
+        Returns:
+          Hidden states after the last norm (beyond a row's length they mean nothing), the cache.
+        """
+
+        def first(x_BLD, block, before):
+            return block.prefill(x_BLD, length_B, before)
+
+        x_BLD, layers = self._through(first, tokens_BL, empty.layers)
+        return self.norm(x_BLD), Cache(length_B, length_B, layers)
+
     def extend(
         self,
         tokens_BL: Int[Array, "B L"],
@@ -187,22 +211,39 @@ class LanguageModel(nnx.Module):
         if positions_BL is None:
             positions_BL = cache.position_B[:, None] + jnp.arange(length)[None, :]
         piece = Piece(cache.time_B, positions_BL, length_B)
-        graph, stacked = nnx.split(self.groups)
 
-        def body(x_BLD, group_and_cache):
-            group, caches = group_and_cache
-            blocks = nnx.merge(graph, group)
-            after = []
-            for i, before in enumerate(caches):
-                x_BLD, cache = blocks[str(i)].extend(x_BLD, before, piece)
-                after.append(cache)
-            return x_BLD, tuple(after)
+        def extended(x_BLD, block, before):
+            return block.extend(x_BLD, before, piece)
 
-        x_BLD, groups = jax.lax.scan(body, self._embed(tokens_BL), (stacked, cache.groups))
+        x_BLD, layers = self._through(extended, tokens_BL, cache.layers)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
         position_B = jnp.take_along_axis(positions_BL, last_B1, axis=1)[:, 0] + 1
         position_B = jnp.where(length_B > 0, position_B, cache.position_B)
-        return self.norm(x_BLD), Cache(piece.end_B, position_B, groups)
+        return self.norm(x_BLD), Cache(piece.end_B, position_B, layers)
+
+    def _through(self, step, tokens_BL: Array, caches: Layers) -> tuple[Array, Layers]:
+        """The blocks one after the other: (x_BLD, its cache) = step(x_BLD, block, its cache)."""
+        graph, stacked = nnx.split(self.groups)
+
+        def body(x_BLD, group_and_caches):
+            group, caches = group_and_caches
+            blocks = nnx.merge(graph, group)
+            after = []
+            for i, before in enumerate(caches):
+                x_BLD, cache = step(x_BLD, blocks[str(i)], before)
+                after.append(cache)
+            return x_BLD, tuple(after)
+
+        x_BLD = self._embed(tokens_BL)
+        if tokens_BL.shape[1] > 1:
+            x_BLD, after = jax.lax.scan(body, x_BLD, (stacked, _stacked(caches)))
+            return x_BLD, apart(after)
+        # A loop over stacked arrays would copy them, which takes longer than to read them.
+        groups = []
+        for group, before in zip(apart(stacked), caches, strict=True):
+            x_BLD, after = body(x_BLD, (group, before))
+            groups.append(after)
+        return x_BLD, tuple(groups)
 
     def logits(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         w_VD = self.output_weights().astype(x_BLD.dtype)
@@ -217,6 +258,17 @@ class LanguageModel(nnx.Module):
         # Gathered before it is rounded: the gradient sums the uses of a token, in float32.
         x_BLD = self.embedding.table[...][tokens_BL].astype(self.config.compute_dtype)
         return constrain(x_BLD, BATCH, CONTEXT, None)
+
+
+def apart(stacked: Any) -> tuple[Any, ...]:
+    """Of arrays with a leading axis of groups those of each group."""
+    count = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(operator.itemgetter(group), stacked) for group in range(count))
+
+
+def _stacked(groups: tuple[Any, ...]) -> Any:
+    """XLA takes slices of it from the groups' own arrays."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *groups)
 
 
 # Step sizes are no named product: they are as large as the scan's input, and soon computed.
@@ -247,7 +299,9 @@ def _graph(config: ModelConfig) -> nnx.GraphDef:
 
 
 def bind(config: ModelConfig, params: Params) -> LanguageModel:
-    """The module with these parameters."""
+    """The module with these parameters, also those of `for_inference`."""
+    if isinstance(params["groups"], tuple):
+        params = params | {"groups": _stacked(params["groups"])}
     return nnx.merge(_graph(config), nnx.State(params))
 
 
@@ -255,6 +309,23 @@ def bind_block(config: ModelConfig, index: int, params: Params) -> Block:
     """Block `index` of the pattern with the parameters of one layer (no axis of groups)."""
     abstract = nnx.eval_shape(lambda: Block(config, config.blocks[index], rngs=nnx.Rngs(params=0)))
     return nnx.merge(nnx.split(abstract, nnx.Param, ...)[0], nnx.State(params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def for_inference(config: ModelConfig, params: Params) -> Params:
+    """The parameters for decoding, which is as fast as they are read.
+
+    What every use rounds to the compute dtype is rounded now, which changes no result. "groups" is
+    a tuple of the groups' parameters, as copies of stacked ones would be made for every token.
+    """
+
+    def rounded(path: tuple[Any, ...], x: Array) -> Array:
+        names = [entry.key for entry in path]
+        product = names[-1] == "kernel" and names[-2] != "conv"
+        return x.astype(config.compute_dtype) if product or names[-1] == "table" else x
+
+    params = jax.tree_util.tree_map_with_path(rounded, params)
+    return params | {"groups": apart(params["groups"])}
 
 
 def hidden_states(

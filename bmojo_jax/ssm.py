@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bmojo_jax import operations
-from bmojo_jax.cache import Piece, SsmCache, shift
+from bmojo_jax.cache import Piece, SsmCache, last, shift
 from bmojo_jax.config import ModelConfig
-from bmojo_jax.layers import PRODUCT, CausalConv, Documents, Projection, RMSNorm
+from bmojo_jax.layers import PRODUCT, CausalConv, Documents, Projection, RMSNorm, one_document
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # of the initial step sizes
 # Added to dt before softplus, makes dt exactly 0: a step that leaves the state as it was.
@@ -61,11 +61,27 @@ class Mamba(nnx.Module):
 
     def __call__(self, u_BLD: Float[Array, "B L D"], documents: Documents) -> Array:
         """The whole pass: rows start with an empty state."""
-        x_BLE, z_BLE = self._inputs(u_BLD)
-        x_BLE = operations.causal_conv(x_BLE, *self.conv.weights(), documents.positions_BL)
+        return self._whole(u_BLD, documents, None)[0]
+
+    def prefill(
+        self, u_BLD: Float[Array, "B L D"], length_B: Int[Array, " B"], empty: SsmCache
+    ) -> tuple[Float[Array, "B L D"], SsmCache]:
+        """The whole pass of new rows, one document each, of length_B tokens, and their cache."""
+        documents = one_document(*u_BLD.shape[:2])
+        out_BLD, x_BLE, h_BEN = self._whole(u_BLD, documents, length_B)
+        tail_BTE = last(x_BLE, length_B, empty.tail_BTE)
+        return out_BLD, SsmCache(tail_BTE, h_BEN.astype(empty.h_BEN.dtype))
+
+    def _whole(self, u_BLD, documents: Documents, length_B):
+        """Its output, the convolution's input and the state after length_B tokens (None: all)."""
+        in_BLE, z_BLE = self._inputs(u_BLD)
+        x_BLE = operations.causal_conv(in_BLE, *self.conv.weights(), documents.positions_BL)
         dt_BLE, b_BLN, c_BLN = self._selection(x_BLE)
-        y_BLE, _ = self._scan(x_BLE, dt_BLE, b_BLN, c_BLN, z_BLE, documents.reset_BL, None)
-        return self._output(y_BLE)
+        if length_B is not None:
+            real_BL = documents.positions_BL < length_B[:, None]
+            dt_BLE = jnp.where(real_BL[:, :, None], dt_BLE, NEUTRAL_DT)
+        y_BLE, h_BEN = self._scan(x_BLE, dt_BLE, b_BLN, c_BLN, z_BLE, documents.reset_BL, None)
+        return self._output(y_BLE), in_BLE, h_BEN
 
     def extend(
         self,
@@ -84,8 +100,10 @@ class Mamba(nnx.Module):
         return self._output(y_BLE), SsmCache(tail_BTE=tail_BTE, h_BEN=h_BEN)
 
     def _inputs(self, u_BLD):
-        # Of one product the kernels, which take x and z whole, would need copies of both halves.
         kernel_D2E = self.in_proj.kernel[...].astype(u_BLD.dtype)
+        if u_BLD.shape[1] == 1:  # products with halves of the weights would copy the halves
+            return jnp.unstack(jnp.tensordot(u_BLD, kernel_D2E, 1), axis=2)
+        # Of one product the kernels, which take x and z whole, would need copies of both halves.
         return tuple(checkpoint_name(u_BLD @ kernel_D2E[:, i], PRODUCT) for i in range(2))
 
     def _selection(self, x_BLE):

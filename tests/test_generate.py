@@ -57,6 +57,28 @@ def test_prefill_does_not_depend_on_its_pieces(rng, piece):
         np.testing.assert_allclose(logits_BV[row], want, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [(family, "slot") for family in ("transformer", "mamba", "hybrid", "bmojo_f", "bmojo")]
+    + [("bmojo", "original"), ("bmojo", "none")],
+)
+def test_one_pass_leaves_what_pieces_leave(rng, family, positions):
+    """Rows of one token, within the window, at a chunk's border, and longer than every ring."""
+    config = small_config(**FAMILIES[family], eidetic_positions=positions, eidetic_gate=True)
+    params = float64_params(config)
+    prompts = [rng.integers(0, 31, size=n).tolist() for n in (1, 3, 16, 17, 45)]
+    empty = cache.empty_cache(config, len(prompts), max_length=60)
+    logits_BV, state = generate.begin(config, params, prompts, max_length=60)
+    want_BV, want = generate.prefill(config, params, empty, prompts)
+    np.testing.assert_allclose(logits_BV, want_BV, atol=1e-5)
+    np.testing.assert_array_equal(state.time_B, want.time_B)
+    for _ in range(12):  # across the next chunks' borders
+        parts = rng.integers(0, 31, size=(len(prompts), 1)).tolist()
+        logits_BV, state = generate.prefill(config, params, state, parts)
+        want_BV, want = generate.prefill(config, params, want, parts)
+        np.testing.assert_allclose(logits_BV, want_BV, atol=1e-5)
+
+
 def test_a_conversation_continues_where_it_stopped(rng):
     """A prompt in two prefills with a decoding step between them is one prompt."""
     config, params = build("bmojo")
@@ -129,6 +151,8 @@ def test_full_attention_refuses_what_it_has_no_room_for():
     _, state = generate.prefill(config, params, state, [[1, 2, 3], [4] * 5])
     with pytest.raises(ValueError, match=r"a row of 9 tokens: .*max_length=8"):
         generate.prefill(config, params, state, [[1], [2] * 4])
+    with pytest.raises(ValueError, match=r"a row of 9 tokens: .*max_length=8"):
+        generate.begin(config, params, [[1] * 9], max_length=8)
 
 
 @pytest.mark.parametrize(

@@ -48,3 +48,23 @@ def test_command(tmp_path: pathlib.Path) -> None:
     drawn = subprocess.run([*command, "--draw"], capture_output=True, text=True, cwd=ROOT)
     assert drawn.returncode == 0, drawn.stderr
     assert output.with_suffix(".svg").exists() and output.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_inference_command(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "inference.json"
+    command = [sys.executable, "-m", "benchmarks.inference", f"--output={output}", "--size=tiny"]
+    sizes = ["--head_width=64", "--prompts=300", "--contexts=20,300", "--batches=1,2", "--tokens=4"]
+    ran = subprocess.run([*command, *sizes], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 2 * (1 + 2 * 2)
+    assert all(row["ms"] > 0 for row in rows)
+    decoded = [row for row in rows if row["what"] == "decode"]
+    assert all(row["error"] < 5e-2 and row["bound_ms"] > 0 for row in decoded)
+    held = {(row["family"], row["length"], row["batch"]): row["cache_bytes"] for row in decoded}
+    assert held["bmojo", 300, 1] == held["bmojo", 20, 1] < held["bmojo", 20, 2]
+    assert held["transformer", 300, 1] > held["transformer", 20, 1]
+    drawn = subprocess.run([*command, "--draw"], capture_output=True, text=True, cwd=ROOT)
+    assert drawn.returncode == 0, drawn.stderr
+    assert output.with_suffix(".svg").exists()

@@ -225,11 +225,11 @@ def _stream_bytes(config: ModelConfig, longest: int) -> int:
     cache = jax.eval_shape(lambda: empty_cache(config, 1, max_length=longest + piece))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     keys = 0
-    for layer in cache.groups:
+    for layer in cache.layers[0]:
         attention = layer.attention if isinstance(layer, BmojoCache) else layer
         if isinstance(attention, AttentionCache):
             rings = [ring for ring in (attention.window, attention.fading) if ring is not None]
-            keys = max(keys, sum(ring.k_BRGK.shape[2] for ring in rings))
+            keys = max(keys, sum(ring.k_BRGK.shape[1] for ring in rings))
     return held + 4 * 4 * config.num_heads * piece * keys
 
 
@@ -298,9 +298,7 @@ def _stream(
     # A ring of that size holds all keys of the longest window beside the piece that is written.
     empty = functools.partial(empty_cache, config, job.rows, max_length=job.longest + piece)
     by_row = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-    behind_groups = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-    shapes = jax.eval_shape(empty)
-    placement = jax.tree.map(lambda x: by_row if x.ndim == 1 else behind_groups, shapes)
+    placement = jax.tree.map(lambda x: by_row, jax.eval_shape(empty))
     replicated = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(nll, out_shardings=(replicated, placement), donate_argnums=1)
     for first_row in range(0, len(batch["inputs"]), job.rows):
