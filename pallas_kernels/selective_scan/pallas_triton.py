@@ -21,21 +21,28 @@ in its kernel and over programs by XLA in float32, always in the same order.
 What is padded, and copied where it does not fit: L to whole chunks (steps with dt = 0), E to the
 channels of a program, N to 16, 32 or 64 (states that stay 0).
 
-Measured on an H100, bfloat16, N = 16, ps per element (`results/kernels/scan.json`). Since then b
-and c stay packed in registers until they are used (5 % fewer instructions, nothing spilled, as
-compiled), which has not been measured:
+Measured on an H100, bfloat16, N = 16, ps per element (`results/kernels/scan.json`); "resets" is
+with document resets, an initial state and its gradient:
 
-| B, L, E         | forward | backward | both | state-spaces/mamba's kernels |
-|-----------------|---------|----------|------|------------------------------|
-| 8, 2048, 4096   | 7.6     | 28.4     | 37.9 | 88.8                         |
-| 1, 2048, 4096   | 10.6    | 37.0     | 48.9 | 107.2                        |
-| 1, 16,384, 4096 | 10.3    | 33.8     | 44.5 | 104.2                        |
-| 8, 2048, 1536   | 14.1    | 31.5     | 41.2 | 91.4                         |
-| 64, 256, 1536   | 7.8     | 30.6     | 38.0 |                              |
+| B, L, E         | forward | resets | backward | resets | state-spaces/mamba's kernels |
+|-----------------|---------|--------|----------|--------|------------------------------|
+| 8, 2048, 4096   | 7.2     | 7.4    | 27.4     | 27.9   | 17.4 and 71.4                |
+| 1, 2048, 4096   | 10.4    | 9.8    | 35.9     | 36.5   | 19.4 and 87.7                |
+| 1, 16,384, 4096 | 10.0    | 9.3    | 32.4     | 33.0   | 22.5 and 81.6                |
+| 8, 2048, 1536   | 8.3     | 8.5    | 29.7     | 31.1   | 18.0 and 73.4                |
+| 64, 256, 1536   | 7.4     | 7.6    | 28.9     | 29.8   |                              |
 
-One exponential a state takes 5.4 ps in either pass, the bytes 2.7 and 4.7 at 3 TB/s. Forward, 14.1
-stands beside 10.2 for the same with states saved: as compiled, that kernel has the most registers
-with which its 1536 warps fit the machine all at a time; a few more would explain it (not checked).
+One exponential a state takes 5.4 ps in either pass, the bytes 2.8 and 4.9. With B = 1 a warp has a
+scheduler for itself forward, and waits: of the samples of a profile 38 % issued an instruction,
+46 % waited for one of fixed latency, 4 % for memory. Since that record such calls always have flags
+(`_with_flags`).
+
+What did not help, B = 1: keeping registers of addresses alive until loads have read them (2 %
+slower; backward 2 to 8 %), step sizes of a group ahead of time (no difference: ptxas orders them as
+it likes), 16 groups a trip (5 % slower, and compiles for 3 minutes), two segments of L (6 %
+slower). What did: flags as bfloat16 step sizes. As bytes they were widened, and therefore waited
+for, as soon as they had been asked for, at every trip (13.2 ps instead of 18.8; with programs of 4
+warps instead of one 9.8).
 
 JAX deprecates its lowering of Pallas to Triton; jax-triton, which compiles Triton's own language,
 is the way on. The kernels' bodies are written in what both have: vectors, loops, inline PTX.
@@ -108,7 +115,7 @@ def forward(
     chunk = _filled(L, sizes["chunk"]) if for_backward else None
     unit = chunk or STEPS * groups
     segments = _segments(L, unit, sizes["forward_segments"])
-    padded = _padded(operands, warps, unit * segments)
+    padded = _padded(_with_flags(operands), warps, unit * segments)
     B, steps, channels = padded.x_BLE.shape
     plan = _plan(operands, padded, warps, groups, segments)
     inputs = _inputs(padded, segments)
@@ -286,10 +293,8 @@ def _check(operands: Operands) -> None:
 def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
     B, L, E = operands.x_BLE.shape
     N = operands.a_EN.shape[1]
-    forward_segments = _enough(B, L, E, _FORWARD_WARPS)
-    few = B * E // CHANNELS * forward_segments < 2 * _FORWARD_WARPS
     # As many instructions whatever N is: compilation takes minutes otherwise.
-    groups = max(1, (8 if few else 4) // _sets(N))
+    groups = max(1, (8 if _few(B, L, E) else 4) // _sets(N))
     sizes = choose(
         OP,
         shape={"B": B, "L": L, "E": E, "N": N},
@@ -298,7 +303,7 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
             "forward_warps": 4,
             "forward_groups": groups,
             "backward_warps": 4,
-            "forward_segments": forward_segments,
+            "forward_segments": _enough(B, L, E, _FORWARD_WARPS),
             "backward_segments": _enough(B, L, E, _BACKWARD_WARPS),
             "chunk": 64,
         },
@@ -313,6 +318,20 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
             f"blocks['forward_groups']={sizes['forward_groups']}"
         )
     return sizes
+
+
+def _few(B: int, L: int, E: int) -> bool:
+    """Whether a warp has a scheduler for itself, or nearly so."""
+    segments = _enough(B, L, E, _FORWARD_WARPS)
+    return B * E // CHANNELS * segments < 2 * _FORWARD_WARPS
+
+
+def _with_flags(operands: Operands) -> Operands:
+    """Where nothing hides how ptxas orders instructions, its loop with reset flags takes 6 to 7 %
+    less time, measured at B = 1: there are always some."""
+    if operands.reset_BL is not None or not _few(*operands.x_BLE.shape):
+        return operands
+    return operands._replace(reset_BL=jnp.zeros(operands.x_BLE.shape[:2], jnp.bool_))
 
 
 def _filled(L: int, steps: int) -> int:
