@@ -86,6 +86,7 @@ TUNABLE: Mapping[str, tuple[int, ...]] = {
     "forward_warps": (1, 2, 4, 8),
     "forward_groups": (1, 2, 4, 8),
     "backward_warps": (1, 2, 4, 8),
+    "backward_groups": (1, 2, 4),
     "forward_segments": (1, 2, 4, 8),
     "backward_segments": (1, 2, 4, 8),
     "chunk": (64, 128),
@@ -148,7 +149,7 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     padded = _padded(operands, warps, chunk * segments)
     B, steps, channels = padded.x_BLE.shape
     states = padded.a_EN.shape[1]
-    plan = _plan(operands, padded, warps, 1, segments)
+    plan = _plan(operands, padded, warps, min(sizes["backward_groups"], chunk // STEPS), segments)
     inputs = _inputs(padded, segments)
     del inputs["h0_BEN"]
     # As many chunks and channels as here: what the forward pass padded changes nothing.
@@ -303,6 +304,7 @@ def _sizes(operands: Operands, blocks: Mapping[str, int]) -> dict[str, int]:
             "forward_warps": 4,
             "forward_groups": groups,
             "backward_warps": 4,
+            "backward_groups": 1,
             "forward_segments": _enough(B, L, E, _FORWARD_WARPS),
             "backward_segments": _enough(B, L, E, _BACKWARD_WARPS),
             "chunk": 64,

@@ -282,37 +282,45 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     chunks, in_chunk = plan.L // plan.chunk, plan.chunk // STEPS
     inputs = _DRIVE + tuple(n for n in ("z_BLE", "dy_BLE") if n in ref)
 
-    def chunk_backward(i: Array, carry: Any) -> Any:
-        first = bounded(chunks - 1 - i, chunks) * in_chunk
+    def chunk_backward(chunk: Array, carry: Any) -> Any:
+        first = bounded(chunks - 1 - chunk, chunks) * in_chunk
+        trips = in_chunk // plan.groups
 
-        def from_end(i: Array) -> Array:
-            return bounded(in_chunk - 1 - i, in_chunk)
+        def groups_from_end(i: Array) -> list[Group]:
+            number = (chunks - 1 - chunk) * trips + bounded(trips - 1 - i, trips)
+            return groups_of(bounded(number, chunks * trips) * plan.groups, plan.groups)
+
+        def kept(i: Array) -> list[list[Array]]:
+            last = bounded(trips - 1 - i, trips) * plan.groups
+            return [place.load_kept(last + g) for g in range(plan.groups)]
 
         def fetch_inputs(i: Array) -> Any:
-            group = Group(first + from_end(i), 0)
-            bc = place.outer("b_BLN", group), place.inner("c_BLN", group)
-            cb = place.outer("c_BLN", group), place.inner("b_BLN", group)
-            return place.elements(inputs, group), bc, cb
+            return [
+                (
+                    place.elements(inputs, g),
+                    (place.outer("b_BLN", g), place.inner("c_BLN", g)),
+                    (place.outer("c_BLN", g), place.inner("b_BLN", g)),
+                )
+                for g in groups_from_end(i)
+            ]
 
         def fetch(i: Array) -> Any:
-            return fetch_inputs(i), place.load_kept(from_end(i))
+            return fetch_inputs(i), kept(i)
 
         def compute(i: Array, loaded: Any, carry: Any) -> Any:
-            group = Group(first + from_end(i), 0)
-            shares = place.load_shares(group.number + 1)
-            carry, tiles = _group_backward(place, group, loaded[0], loaded[1], carry)
-            # Of the group before, which is the next one in time.
-            place.store_sums(shares, group.number + 1)
-            for s in sets:
-                place.store_share(tiles[s], group.number, s)
-            lanes.barrier()
+            for group, *of_group in reversed(list(zip(groups_from_end(i), *loaded, strict=True))):
+                shares = place.load_shares(group.number + 1)
+                carry, tiles = _group_backward(place, group, *of_group, carry)
+                # Of the group before, which is the next one in time.
+                place.store_sums(shares, group.number + 1)
+                for s in sets:
+                    place.store_share(tiles[s], group.number, s)
+                lanes.barrier()
             return carry, _first(carry[0])
 
         ahead = fetch_inputs(jnp.int32(0))
         _keep_states(place, first)
-        return in_trips(
-            place, in_chunk, fetch, compute, carry, (ahead, place.load_kept(from_end(jnp.int32(0))))
-        )
+        return in_trips(place, trips, fetch, compute, carry, (ahead, kept(jnp.int32(0))))
 
     nothing = jnp.zeros((lanes.width,), jnp.float32)
     da = [jnp.zeros((lanes.width, 4), jnp.float32) for _ in sets]

@@ -30,6 +30,7 @@ BLOCKS: Mapping[str, dict[str, int]] = {
         "chunk": 16,
         "forward_groups": 1,
         "forward_segments": 2,
+        "backward_groups": 2,
         "backward_segments": 4,
     },
 }
