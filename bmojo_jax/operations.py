@@ -90,13 +90,15 @@ def _per_device(
 
 
 @jax.named_scope("causal_conv")
-def causal_conv(
+def causal_convs(
     x_BLE: Float[Array, "B L E"],
     kernel_TE: Float[Array, "T E"],
     bias_E: Float[Array, " E"],
     positions_BL: Int[Array, "B L"],
-) -> Float[Array, "B L E"]:
-    """`pallas_kernels.causal_conv` of whole rows."""
+    *,
+    uses: int,
+) -> tuple[Float[Array, "B L E"], ...]:
+    """`pallas_kernels.causal_convs` of whole rows."""
     arrays = {
         "x_BLE": x_BLE,
         "kernel_TE": kernel_TE,
@@ -105,13 +107,13 @@ def causal_conv(
     }
     pieces = _pieces(x_BLE.shape[1])
 
-    def operation(x_BLE: Array, kernel_TE: Array, **others: Any) -> tuple[Array]:
+    def operation(x_BLE: Array, kernel_TE: Array, **others: Any) -> Any:
         taps, tail_BSE = kernel_TE.shape[0], None
         if pieces > 1 and taps > 1:
             tail_BSE = context.halo(x_BLE, taps - 1)
-        return (pallas_kernels.causal_conv(x_BLE, kernel_TE, tail_BSE=tail_BSE, **others),)
+        return pallas_kernels.causal_convs(x_BLE, kernel_TE, tail_BSE=tail_BSE, uses=uses, **others)
 
-    return _per_device(operation, ["y_BLE"], arrays, pieces=pieces)[0]
+    return _per_device(operation, ["y_BLE"] * uses, arrays, pieces=pieces)
 
 
 @jax.named_scope("innovation")

@@ -75,8 +75,10 @@ class Mamba(nnx.Module):
     def _whole(self, u_BLD, documents: Documents, length_B):
         """Its output, the convolution's input and the state after length_B tokens (None: all)."""
         in_BLE, z_BLE = self._inputs(u_BLD)
-        x_BLE = operations.causal_conv(in_BLE, *self.conv.weights(), documents.positions_BL)
-        dt_BLE, b_BLN, c_BLN = self._selection(x_BLE)
+        x_BLE, also_x_BLE = operations.causal_convs(
+            in_BLE, *self.conv.weights(), documents.positions_BL, uses=2
+        )
+        dt_BLE, b_BLN, c_BLN = self._selection(also_x_BLE)
         if length_B is not None:
             real_BL = documents.positions_BL < length_B[:, None]
             dt_BLE = jnp.where(real_BL[:, :, None], dt_BLE, NEUTRAL_DT)

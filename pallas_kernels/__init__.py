@@ -2,14 +2,14 @@
 
 Knows jax, numpy and absl only: no Flax, no meshes, no configs.
 
-* `causal_conv`: the short convolution before the scan, with SiLU.
+* `causal_conv`, `causal_convs`: the short convolution before the scan, with SiLU.
 * `selective_scan`: the fading memory, a Mamba-1 scan with softplus, skip and gate fused.
 * `memory_attention`: one softmax over in-context, fading and eidetic keys.
 
 `Unsupported` is what a named implementation raises when it cannot take an input.
 """
 
-from pallas_kernels.causal_conv.api import causal_conv
+from pallas_kernels.causal_conv.api import causal_conv, causal_convs
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.memory_attention.api import AttentionOutput, memory_attention
 from pallas_kernels.selective_scan.api import ScanOutput, selective_scan
@@ -19,6 +19,7 @@ __all__ = [
     "ScanOutput",
     "Unsupported",
     "causal_conv",
+    "causal_convs",
     "memory_attention",
     "selective_scan",
 ]

@@ -1,5 +1,6 @@
 """Operations on meshes equal those on one device, outputs and gradients."""
 
+import functools
 import re
 
 import jax
@@ -95,14 +96,14 @@ ALONE = {
     "remember": _remembered,
     "scan": pallas_kernels.selective_scan,
     "attention": pallas_kernels.memory_attention,
-    "conv": pallas_kernels.causal_conv,
+    "conv": functools.partial(pallas_kernels.causal_convs, uses=2),
     "innovation": memory.innovation,
 }
 ON_MESH = {
     "remember": _remembered,
     "scan": operations.selective_scan,
     "attention": operations.memory_attention,
-    "conv": operations.causal_conv,
+    "conv": functools.partial(operations.causal_convs, uses=2),
     "innovation": operations.innovation,
 }
 CASES = {

@@ -17,7 +17,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.causal_conv import pallas_triton, xla
 from pallas_kernels.causal_conv.operands import Operands
 
-__all__ = ["causal_conv"]
+__all__ = ["causal_conv", "causal_convs"]
 
 IMPLEMENTATIONS = {"xla": xla.conv, "pallas_triton": pallas_triton.conv}
 
@@ -43,6 +43,27 @@ def causal_conv(
       ValueError: shapes or dtypes do not fit each other.
       Unsupported: the named implementation cannot take these inputs.
     """
+    arrays = (x_BLE, kernel_TE, bias_E, positions_BL, tail_BSE)
+    return causal_convs(*arrays, uses=1, implementation=implementation)[0]
+
+
+def causal_convs(
+    x_BLE: Float[Array, "B L E"],
+    kernel_TE: Float[Array, "T E"],
+    bias_E: Float[Array, " E"],
+    positions_BL: Int[Array, "B L"],
+    tail_BSE: Float[Array, "B S E"] | None = None,
+    *,
+    uses: int,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B L E"], ...]:
+    """`causal_conv`, as many times the same y_BLE as it has uses.
+
+    Their gradients are summed in the kernel, in float32; elsewhere that sum is written and read.
+
+    Raises:
+      ValueError: `uses` is not positive; otherwise as `causal_conv`.
+    """
     if x_BLE.ndim != 3 or kernel_TE.ndim != 2:
         raise ValueError(f"{x_BLE.shape=} must be [B, L, E] and {kernel_TE.shape=} [T, E]")
     B, L, E = x_BLE.shape
@@ -62,5 +83,7 @@ def causal_conv(
         kind = jnp.integer if name == "positions_BL" else jnp.floating
         if not jnp.issubdtype(array.dtype, kind):
             raise ValueError(f"{name} has dtype {array.dtype}, expected {kind.__name__}")
+    if uses < 1:
+        raise ValueError(f"{uses=} must be positive")
     operands = Operands(x_BLE, kernel_TE, bias_E, positions_BL, tail_BSE)
-    return dispatch.run("causal_conv", IMPLEMENTATIONS, implementation, operands)
+    return dispatch.run("causal_conv", IMPLEMENTATIONS, implementation, operands, uses)

@@ -3,10 +3,10 @@
 A program walks along a piece of a row with the last T - 1 inputs of its channels in registers, so
 that each input is read once; backward it walks the other way, with the gradients before SiLU of the
 T - 1 tokens behind it, which it computes again. What it moves is what must be moved: 2 arrays
-[B, L, E] forward (x, y), 3 backward (x, dy, dx), and T - 1 rows more of each piece. XLA, which
-differentiates the sum of shifted copies, makes some 15 passes over such arrays backward, counted in
-what it compiles for an H100. Measured there (bfloat16, kernels in a profile), in us, with the bytes
-at 3 TB/s:
+[B, L, E] forward (x, y), 3 backward (x, dy, dx; one more for every further use of y), and T - 1
+rows more of each piece. XLA, which differentiates the sum of shifted copies, makes some 15 passes
+over such arrays backward, counted in what it compiles for an H100. Measured there (bfloat16, one
+use, kernels in a profile), in us, with the bytes at 3 TB/s:
 
 | B, L, E         | forward | XLA | floor | backward | XLA  | floor |
 |-----------------|---------|-----|-------|----------|------|-------|
@@ -42,18 +42,22 @@ _PIECES, _PROGRAMS = (256, 128, 64, 32), 1056
 _LARGEST_ROW = 2**31
 
 
-@jax.custom_vjp
-def _conv(x_BLE: Array, kernel_TE: Array, bias_E: Array, positions_BL: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(
+    uses: int, x_BLE: Array, kernel_TE: Array, bias_E: Array, positions_BL: Array
+) -> tuple[Array, ...]:
     inputs = {"x": x_BLE, "kernel": kernel_TE, "bias": bias_E, "positions": positions_BL}
     y = jax.ShapeDtypeStruct(x_BLE.shape, x_BLE.dtype)
-    return _call(_forward_kernel, inputs, {"y": y})["y"]
+    return (_call(_forward_kernel, inputs, {"y": y})["y"],) * uses
 
 
-def _conv_forward(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _conv(*inputs), inputs
+def _conv_forward(uses: int, *inputs: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    return _conv(uses, *inputs), inputs
 
 
-def _conv_backward(saved: tuple[Array, ...], dy_BLE: Array) -> tuple[Any, ...]:
+def _conv_backward(
+    uses: int, saved: tuple[Array, ...], gradients: tuple[Array, ...]
+) -> tuple[Any, ...]:
     x_BLE, kernel_TE, bias_E, positions_BL = saved
     B, L, E = x_BLE.shape
     inputs = {"x": x_BLE, "kernel": kernel_TE, "bias": bias_E, "positions": positions_BL}
@@ -62,7 +66,8 @@ def _conv_backward(saved: tuple[Array, ...], dy_BLE: Array) -> tuple[Any, ...]:
         "dx": jax.ShapeDtypeStruct(x_BLE.shape, x_BLE.dtype),
         "sums": jax.ShapeDtypeStruct(sums, jnp.float32),
     }
-    out = _call(_backward_kernel, inputs | {"dy": dy_BLE}, outputs)
+    inputs |= {f"dy{use}": dy_BLE for use, dy_BLE in enumerate(gradients)}
+    out = _call(_backward_kernel, inputs, outputs)
     sums_TE = out["sums"].sum((0, 1))
     d_kernel_TE, d_bias_E = sums_TE[:-1].astype(kernel_TE.dtype), sums_TE[-1].astype(bias_E.dtype)
     nothing = np.zeros(positions_BL.shape, jax.dtypes.float0)
@@ -72,7 +77,7 @@ def _conv_backward(saved: tuple[Array, ...], dy_BLE: Array) -> tuple[Any, ...]:
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def conv(operands: Operands) -> Array:
+def conv(operands: Operands, uses: int) -> tuple[Array, ...]:
     x_BLE, kernel_TE, bias_E, positions_BL, tail_BSE = operands
     if not dispatch.interpreted("gpu") and "NVIDIA" not in dispatch.device_kind():
         raise Unsupported(f"it is written for NVIDIA's GPUs, and this is {dispatch.device_kind()}")
@@ -89,7 +94,7 @@ def conv(operands: Operands) -> Array:
     L, E = x_BLE.shape[1:]
     if L * E >= _LARGEST_ROW:
         raise Unsupported(f"{L=} times {E=} must be below 2^31: places in a row are 32 bit wide")
-    return _conv(x_BLE, kernel_TE, bias_E, positions_BL.astype(jnp.int32))
+    return _conv(uses, x_BLE, kernel_TE, bias_E, positions_BL.astype(jnp.int32))
 
 
 def _piece(shape: tuple[int, ...]) -> int:
@@ -144,6 +149,16 @@ class _Strip:
         """[channels] of token t; zeros where there is none."""
         at = self.ref[name].at[self.row, jnp.clip(t, 0, self.L - 1), self.channel]
         return plgpu.load(at, mask=self.there & self.inside(t), other=0)
+
+    def load_all(self, name: str, t: Array) -> list[Array]:
+        """Of all arrays with this name and a number."""
+        return [
+            self.load(n, t) for n in self.ref if n.startswith(name) and n[len(name) :].isdigit()
+        ]
+
+    def gradient(self, loaded: list[Array]) -> Array:
+        """The sum of the gradients of all uses."""
+        return functools.reduce(jnp.add, _wide(loaded))
 
     def store(self, name: str, t: Array, value: Array) -> None:
         at = self.ref[name].at[self.row, jnp.minimum(t, self.L - 1), self.channel]
@@ -210,7 +225,7 @@ def _backward_kernel(*refs: Any, names: tuple[str, ...], piece: int) -> None:
     for i in range(more):
         t = end + more - 1 - i
         position = strip.position(t)
-        dy = strip.load("dy", t).astype(jnp.float32)
+        dy = strip.gradient(strip.load_all("dy", t))
         gradients.insert(0, gradient(t, later_x[i : i + taps], position, dy))
         positions.insert(0, position)
 
@@ -218,10 +233,10 @@ def _backward_kernel(*refs: Any, names: tuple[str, ...], piece: int) -> None:
         x, gradients, positions, sums = carry
         tokens = [end - 1 - i * _TURN - r for r in range(_TURN)]
         loaded = [strip.load("x", t - more) for t in tokens]
-        loaded_dy = [strip.load("dy", t) for t in tokens]
+        loaded_dy = [strip.load_all("dy", t) for t in tokens]
         own_positions = [strip.position(t) for t in tokens]
         for t, oldest, dy, position in zip(
-            tokens, _wide(loaded), _wide(loaded_dy), own_positions, strict=True
+            tokens, _wide(loaded), map(strip.gradient, loaded_dy), own_positions, strict=True
         ):
             x = [*x, oldest]  # of t, t - 1, ..., t - more
             d = gradient(t, x, position, dy)

@@ -7,7 +7,7 @@ from jaxtyping import Array
 from pallas_kernels.causal_conv.operands import Operands
 
 
-def conv(operands: Operands) -> Array:
+def conv(operands: Operands, uses: int) -> tuple[Array, ...]:
     x_BLE, kernel_TE, bias_E, positions_BL, tail_BSE = operands
     taps = kernel_TE.shape[0]
     length = x_BLE.shape[1]
@@ -23,4 +23,4 @@ def conv(operands: Operands) -> Array:
         if back:
             shifted = jnp.where((positions_BL >= back)[:, :, None], shifted, 0)
         y_BLE = y_BLE + kernel_TE[first][None, None, :] * shifted
-    return jax.nn.silu(y_BLE).astype(x_BLE.dtype)
+    return (jax.nn.silu(y_BLE).astype(x_BLE.dtype),) * uses

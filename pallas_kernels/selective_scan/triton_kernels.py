@@ -308,9 +308,9 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
             return fetch_inputs(i), kept(i)
 
         def compute(i: Array, loaded: Any, carry: Any) -> Any:
-            for group, *of_group in reversed(list(zip(groups_from_end(i), *loaded, strict=True))):
+            for group, of_inputs, h in reversed([*zip(groups_from_end(i), *loaded, strict=True)]):
                 shares = place.load_shares(group.number + 1)
-                carry, tiles = _group_backward(place, group, *of_group, carry)
+                carry, tiles = _group_backward(place, group, of_inputs, h, carry)
                 # Of the group before, which is the next one in time.
                 place.store_sums(shares, group.number + 1)
                 for s in sets:

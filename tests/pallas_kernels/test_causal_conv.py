@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import Unsupported, causal_conv
+from pallas_kernels import Unsupported, causal_conv, causal_convs
 from pallas_kernels.causal_conv import pallas_triton
 from tests.models import packed_positions
 from tests.tolerances import TOLERANCE, relative_rms
@@ -77,6 +77,31 @@ def test_triton_equals_float64(
     assert max(errors) <= TOLERANCE[dtype], errors
 
 
+def test_gradients_of_several_uses_are_summed_before_they_are_rounded(
+    rng: np.random.Generator,
+) -> None:
+    x, kernel, bias = (
+        jnp.asarray(rng.normal(size=size), "bfloat16") for size in ((1, 37, 5), (4, 5), (5,))
+    )
+    positions = jnp.asarray(positions_of(1, 37))
+    gradients = tuple(jnp.asarray(rng.normal(size=x.shape), "bfloat16") for _ in range(3))
+
+    def triton(x: jax.Array) -> Any:
+        return causal_convs(x, kernel, bias, positions, uses=3, implementation="pallas_triton")
+
+    ys, pull = jax.vjp(triton, x)
+    assert len(ys) == 3
+    for y in ys:
+        np.testing.assert_array_equal(y, ys[0])
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(v, np.float64)) for v in (x, kernel, bias, *gradients)]
+        total = wide[3] + wide[4] + wide[5]
+        _, d_want, *_ = both("xla", wide[:3], np.asarray(positions), total)
+    assert relative_rms(pull(gradients)[0], d_want) < 2**-9
+    for y, one in zip(causal_convs(x, kernel, bias, positions, uses=2), ys, strict=False):
+        assert relative_rms(y, one) < 2**-9
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_triton_lowers_and_is_preferred(dtype: str) -> None:
     """A kernel each way."""
@@ -110,6 +135,8 @@ def test_what_does_not_fit_is_named() -> None:
     positions = jnp.arange(5)[None]
     with pytest.raises(ValueError, match=r"bias_E has shape \(4,\), expected \(3,\)"):
         causal_conv(x, kernel, jnp.zeros(4), positions)
+    with pytest.raises(ValueError, match="uses=0 must be positive"):
+        causal_convs(x, kernel, bias, positions, uses=0)
     with pytest.raises(ValueError, match="positions_BL has dtype float32, expected integer"):
         causal_conv(x, kernel, bias, positions.astype("float32"))
     with pytest.raises(ValueError, match=r"tail_BSE has shape \(1, 2, 3\), expected \(1, 3, 3\)"):
