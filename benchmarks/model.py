@@ -4,14 +4,15 @@
     python -m benchmarks.model --output results/model/training.json --draw
 
 The step of `train.py` (loss, gradients, optimizer) with random tokens, each row one document, on
-one device, the transformer's attention by cuDNN on GPUs; with `--packed` documents are told apart
-as in `train.py`, although there is one a row, and cuDNN cannot be used. Tokens of a step stay the
-same while rows grow longer. Each case runs in a process of its own, so that peaks of memory are its
-own and a case that does not fit costs the others nothing; it says so in its row. A time counts only
-beside its losses: they are finite, and the same batch's falls from step to step.
+one device or, with `--mesh context=2`, on several; the transformer's attention by cuDNN on GPUs.
+With `--packed` documents are told apart as in `train.py`, although there is one a row, and cuDNN
+cannot be used. Tokens of a step stay the same while rows grow longer. Each case runs in a process
+of its own, so that peaks of memory are its own and a case that does not fit costs the others
+nothing; it says so in its row. A time counts only beside its losses: they are finite, and the same
+batch's falls from step to step.
 
-`parts`: seconds of the device's kernels in a step, by what they belong to. Matrix products and
-kernels of scan and attention are told apart by the operations' names in the compiled program; a
+`parts`, on one device: seconds of its kernels in a step, by what they belong to. Matrix products
+and kernels of scan and attention are told apart by the operations' names in the compiled program; a
 fusion belongs to what its root is from. "idle" is the rest of the step.
 
 `XLA_FLAGS=--xla_gpu_deterministic_ops=true`, as `train.py` sets it, shows what training pays.
@@ -57,6 +58,7 @@ _REMAT = flags.DEFINE_enum("remat", "full", ["none", "kernels", "dots", "full"],
 _ATTENTION = flags.DEFINE_string(
     "attention", None, "Implementation; by default the best, for transformers cuDNN on GPUs."
 )
+_MESH = flags.DEFINE_list("mesh", [], "AXIS=DEVICES each; by default one device.")
 _PACKED = flags.DEFINE_bool("packed", False, "Tell documents apart.")
 _SCAN = flags.DEFINE_string("scan", None, "Implementation; by default the best.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Timed, after two warm ones.", lower_bound=3)
@@ -86,6 +88,13 @@ def settings(family: Any, length: int) -> TrainConfig:
     return TrainConfig(model=model, data=data, optim=OptimConfig(learning_rate=1e-4))
 
 
+def mesh_of(axes: Sequence[str]) -> jax.sharding.Mesh:
+    """Of the first devices that there are."""
+    sizes = {name: int(size) for name, size in (axis.split("=") for axis in axes)}
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return sharding.make_mesh(MeshConfig(**{"data": 1, **sizes}), devices)
+
+
 def random_batch(config: TrainConfig) -> dict[str, np.ndarray]:
     """Tokens that there are, each row one document, of which the model is told with `--packed`."""
     shape = (config.data.batch_size, config.data.sequence_length)
@@ -102,8 +111,8 @@ def random_batch(config: TrainConfig) -> dict[str, np.ndarray]:
 
 def measure(config: TrainConfig) -> dict[str, Any]:
     """Trains on one batch; compilation is timed apart."""
-    device = jax.devices()[0]
-    mesh = sharding.make_mesh(MeshConfig(), [device])
+    mesh = mesh_of(_MESH.value)
+    devices = list(mesh.devices.flat)
     program = trainer.make_program(config, mesh, ByteTokenizer())
     batch = sharding.place_batch(random_batch(config), mesh)
     with jax.set_mesh(mesh):
@@ -119,21 +128,21 @@ def measure(config: TrainConfig) -> dict[str, Any]:
             losses.append(float(measured["loss"]))
             seconds.append(time.perf_counter() - start)
         step = statistics.median(seconds[_WARM_STEPS:])
-        stats = device.memory_stats()
-        profiled: dict[str, Any] = {}
+        stats = [device.memory_stats() for device in devices]
+        profiled: dict[str, Any] = {"parts": {}}
         try:
-            one_by_one = lowered.compile(compiler_options=_options(device))
-            state, _ = one_by_one(state, batch)
-            kernels = profiling.kernels(lambda: one_by_one(state, batch))
-            names = profiling.operation_names(one_by_one.as_text())
-            profiled["parts"] = profiling.by_part(kernels, names, step)
-            profiled["longest"] = profiling.longest(kernels, names)
+            if len(devices) == 1:
+                one_by_one = lowered.compile(compiler_options=_options(devices[0]))
+                state, _ = one_by_one(state, batch)
+                kernels = profiling.kernels(lambda: one_by_one(state, batch))
+                names = profiling.operation_names(one_by_one.as_text())
+                profiled["parts"] = profiling.by_part(kernels, names, step)
+                profiled["longest"] = profiling.longest(kernels, names)
         except Exception as error:  # the step has been timed all the same
-            profiled["parts"] = {}
             profiled["not_profiled"] = scan_accuracy.in_short(error)
     tokens = config.data.batch_size * config.data.sequence_length
     result = {
-        "device": device.device_kind,
+        "device": devices[0].device_kind,
         "rows": config.data.batch_size,
         "parameters": presets.model_parameters(config.model),
         "losses": losses,
@@ -144,11 +153,11 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         "attention": config.model.attention_implementation or "the best",
         **profiled,
     }
-    if stats is not None:
-        result["peak_bytes"] = stats["peak_bytes_in_use"]
-    if (peak := metrics.peak_flops(device.device_kind)) is not None:
+    if all(stats):
+        result["peak_bytes"] = max(of_device["peak_bytes_in_use"] for of_device in stats)
+    if (peak := metrics.peak_flops(devices[0].device_kind)) is not None:
         flops = metrics.flops_per_token(config.model, config.data.sequence_length)
-        result["mfu"] = flops * tokens / step / peak
+        result["mfu"] = flops * tokens / step / (peak * len(devices))
     if not (all(map(math.isfinite, losses)) and losses[-1] < losses[0]):
         result["wrong"] = f"the losses of one batch do not fall: {losses}"
     return result
@@ -245,6 +254,7 @@ def main(argv: list[str]) -> None:
         tokens_per_step=_TOKENS.value,
         remat=_REMAT.value,
         packed=_PACKED.value,
+        mesh=_MESH.value,
         xla_flags=os.environ.get("XLA_FLAGS", ""),
     )
     rows = []

@@ -1,12 +1,14 @@
 """The benchmark of whole models: what a step's time is put down to, and the command."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import profiling
@@ -45,6 +47,11 @@ def test_command(tmp_path: pathlib.Path) -> None:
     assert measured["tokens_per_s"] == pytest.approx(256 / measured["step_s"])
     assert {"scan", "attention", "selection", "matrix products"} < set(measured["parts"])
     assert "step_s" not in refused
+    two = ["--cases=bmojo:128", "--tokens=256", "--head_width=64", "--mesh=context=2"]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([*command, *two], cwd=ROOT, env=environment, check=True)
+    (cut,) = json.loads(output.read_text())["rows"]
+    np.testing.assert_allclose(cut["losses"], measured["losses"], rtol=1e-2)
     drawn = subprocess.run([*command, "--draw"], capture_output=True, text=True, cwd=ROOT)
     assert drawn.returncode == 0, drawn.stderr
     assert output.with_suffix(".svg").exists() and output.with_suffix(".png").exists()
