@@ -82,6 +82,10 @@ def differentiated(attend: Attend) -> Callable[[Operands], tuple[jax.Array, Any]
     return forward
 
 
+# The gradients of the float operands, of what `differentiated` gave.
+backward = jax.jit(lambda pull, do_BLHK: pull(do_BLHK))
+
+
 def split(x: Operands) -> tuple[dict[str, Any], Any]:
     """What has gradients, and what not."""
     floats: dict[str, Any] = {"q": x.q_BLHK, "k": x.k_BLGK, "v": x.v_BLGK}
@@ -107,16 +111,16 @@ class Exact:
     def __init__(self, shape: AttentionShape, inputs: Inputs):
         self.shape, self.inputs = shape, inputs
         self.key_heads = max(1, min(shape.G, _EXACT_TOKENS // (shape.B * shape.L)))
-        self.done: dict[str, dict[str, np.ndarray]] = {}
+        self.done: dict[str, dict[str, jax.Array]] = {}
 
-    def of(self, name: str) -> dict[str, np.ndarray]:
+    def of(self, name: str) -> dict[str, jax.Array]:
         """What an implementation or a peer should give, of the streams that it has."""
         seen = name if name in ("cudnn_window", "cudnn_full") else "all"
         if seen not in self.done:
             self.done[seen] = self._compute(seen)
         return self.done[seen]
 
-    def _compute(self, seen: str) -> dict[str, np.ndarray]:
+    def _compute(self, seen: str) -> dict[str, jax.Array]:
         changes, x = {}, self.inputs.operands
         if seen != "all":
             both = self.shape.window + self.shape.fading_window
@@ -133,23 +137,28 @@ class Exact:
         return v[..., :heads, :].astype(jnp.float64)
 
 
-def results(forward: Any, inputs: Inputs) -> dict[str, np.ndarray]:
+def results(forward: Any, inputs: Inputs) -> dict[str, jax.Array]:
     o, pull = forward(inputs.operands)
-    (gradients,) = jax.jit(lambda pull, do: pull(do))(pull, inputs.do_BLHK)
-    return {
-        name: np.asarray(v, np.float64)
-        for name, v in {"o": o, **{f"d {n}": g for n, g in gradients.items()}}.items()
-    }
+    (gradients,) = backward(pull, inputs.do_BLHK)
+    return {"o": o, **{f"d {name}": gradient for name, gradient in gradients.items()}}
 
 
-def errors(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Of the heads that `want` has."""
+def errors(
+    got: Mapping[str, jax.Array | np.ndarray], want: Mapping[str, jax.Array]
+) -> dict[str, float]:
+    """Of the heads that `want` has; computed where the arrays are, in float64."""
+    with jax.enable_x64(True):
+        return {
+            name: float(_relative(jnp.asarray(got[name][..., : v.shape[-2], :]), v))
+            for name, v in want.items()
+            if name in got
+        }
 
-    def relative(got: np.ndarray, want: np.ndarray) -> float:
-        got = got[..., : want.shape[-2], :]
-        return float(np.linalg.norm(got - want) / (np.linalg.norm(want) or 1))
 
-    return {name: relative(got[name], v) for name, v in want.items() if name in got}
+@jax.jit
+def _relative(got: jax.Array, want: jax.Array) -> jax.Array:
+    size = jnp.linalg.norm(want.ravel())
+    return jnp.linalg.norm((got.astype(jnp.float64) - want).ravel()) / jnp.where(size, size, 1)
 
 
 def useful_flops(kind: str, name: str, shape: AttentionShape) -> float:

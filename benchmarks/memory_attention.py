@@ -35,6 +35,8 @@ from benchmarks import attention_peers, attention_tuning, scan_accuracy, timing
 from benchmarks.attention_programs import (
     LIMIT,
     Exact,
+    Inputs,
+    backward,
     differentiated,
     draw_inputs,
     errors,
@@ -71,59 +73,65 @@ _TUNE_SECONDS = flags.DEFINE_float("tune_seconds", 480, "After which the search 
 _DRAW = flags.DEFINE_bool("draw", False, "Make a figure, .svg and .png, beside the JSON.")
 
 
-def measure(
-    shape: AttentionShape, implementations: Sequence[str]
-) -> tuple[list[dict[str, Any]], Exact]:
-    """One row for each implementation or peer of JAX and kind; and what they should give."""
-    first = draw_inputs(jax.random.key(0), shape=shape)
-    sets = timing.number_of_sets(timing.nbytes(first))
-    inputs = [first, *(draw_inputs(jax.random.key(n), shape=shape) for n in range(1, sets))]
-    exact, rows = Exact(shape, first), []
-    jobs: dict[tuple[str, str], timing.Job] = {}
-    row_of: dict[tuple[str, str], dict[str, Any]] = {}
-    size = dict(L=shape.L, K=shape.K, M=shape.eidetic)
-    attends = {name: ours(name, shape) for name in implementations if name not in PEERS}
-    attends |= {
-        name: attention_peers.through_cudnn(name, shape.window, shape.fading_window)
-        for name in implementations
-        if name in attention_peers.CUDNN
-    }
-    made = {name: jax.jit(attend) for name, attend in attends.items()}
-    saving = {name: jax.jit(differentiated(attend)) for name, attend in attends.items()}
-    pull = jax.jit(lambda pull, do: pull(do))
-    timing.compile_all(
-        functools.partial(program.lower, first.operands)
-        for programs in (made, saving)
-        for program in programs.values()
-    )
-    for name in attends:
-        row: dict[str, Any] = {"implementation": name, **size}
-        try:
-            if name not in PEERS or shape.L <= _CHECKED.value:
-                row["errors"] = errors(results(saving[name], first), exact.of(name))
-                if not max(row["errors"].values()) <= LIMIT:
-                    row["wrong"] = f"errors above {LIMIT}: {row['errors']}"
-        except Exception as error:
-            row["wrong"] = scan_accuracy.in_short(error)
-        if "wrong" in row:
-            rows.append(row)
-            continue
-        saved = [saving[name](one.operands)[1] for one in inputs]
-        arguments = {
-            "forward": (made[name], [(one.operands,) for one in inputs]),
-            "backward": (
-                pull,
-                [(s, one.do_BLHK) for s, one in zip(saved, inputs, strict=True)],
-            ),
+class Timed:
+    """One case: the programs of implementations and of the peers in JAX."""
+
+    def __init__(self, shape: AttentionShape, names: Sequence[str]):
+        self.shape = shape
+        self.like = jax.eval_shape(functools.partial(self.draw, 0))
+        attends = {name: ours(name, shape) for name in names if name not in PEERS}
+        attends |= {
+            name: attention_peers.through_cudnn(name, shape.window, shape.fading_window)
+            for name in names
+            if name in attention_peers.CUDNN
         }
-        for kind in KINDS:
-            jobs[name, kind] = timing.Job(*arguments[kind])
-            row_of[name, kind] = {**row, "kind": kind}
-    for (name, kind), times in timing.measure(jobs, samples=_SAMPLES.value).items():
-        row_of[name, kind] |= times.record()
-    del jobs
-    rows += row_of.values()
-    return with_speed(rows, shape), exact
+        self.made = {name: jax.jit(attend) for name, attend in attends.items()}
+        self.saving = {name: jax.jit(differentiated(attend)) for name, attend in attends.items()}
+
+    def draw(self, seed: int) -> Inputs:
+        return draw_inputs(jax.random.key(seed), shape=self.shape)
+
+    def lower(self) -> list[Callable[[], Any]]:
+        """What is to be compiled."""
+
+        def lower_backward(name: str) -> Any:
+            _, pull = self.saving[name].eval_shape(self.like.operands)
+            return backward.lower(pull, self.like.do_BLHK)
+
+        forward = [*self.made.values(), *self.saving.values()]
+        return [functools.partial(program.lower, self.like.operands) for program in forward] + [
+            functools.partial(lower_backward, name) for name in self.saving
+        ]
+
+    def measure(self) -> tuple[list[dict[str, Any]], Exact]:
+        """One row for each name and kind; and what they should give."""
+        shape, first = self.shape, self.draw(0)
+        sets = timing.number_of_sets(timing.nbytes(first))
+        inputs = [first, *map(self.draw, range(1, sets))]
+        exact, rows = Exact(shape, first), []
+        jobs: dict[tuple[str, str], timing.Job] = {}
+        row_of: dict[tuple[str, str], dict[str, Any]] = {}
+        for name, saving in self.saving.items():
+            row: dict[str, Any] = dict(implementation=name, L=shape.L, K=shape.K, M=shape.eidetic)
+            try:
+                if name not in PEERS or shape.L <= _CHECKED.value:
+                    row["errors"] = errors(results(saving, first), exact.of(name))
+                    if not max(row["errors"].values()) <= LIMIT:
+                        row["wrong"] = f"errors above {LIMIT}: {row['errors']}"
+            except Exception as error:
+                row["wrong"] = scan_accuracy.in_short(error)
+            if "wrong" in row:
+                rows.append(row)
+                continue
+            saved = [saving(one.operands)[1] for one in inputs]
+            gradients = [one.do_BLHK for one in inputs]
+            jobs[name, "forward"] = timing.Job(self.made[name], [(one.operands,) for one in inputs])
+            jobs[name, "backward"] = timing.Job(backward, [*zip(saved, gradients, strict=True)])
+            for kind in KINDS:
+                row_of[name, kind] = {**row, "kind": kind}
+        for (name, kind), times in timing.measure(jobs, samples=_SAMPLES.value).items():
+            row_of[name, kind] |= times.record()
+        return with_speed([*rows, *row_of.values()], shape), exact
 
 
 def with_speed(rows: list[dict[str, Any]], shape: AttentionShape) -> list[dict[str, Any]]:
@@ -310,11 +318,19 @@ def main(argv: list[str]) -> None:
         record.add("rows", rows)
         timing.say("\n".join(table(measured)))
 
+    # Peers have no eidetic memory: once is enough.
+    beside = [[] if shape.eidetic else peers for shape in shapes]
+    cases = [
+        Timed(shape, [*names, *(name for name in also if name != "flex")])
+        for shape, also in zip(shapes, beside, strict=True)
+    ]
+    # All at once, on all cores. What fails fails again below.
+    lower = [one for case in cases for one in case.lower()]
+    timing.say(f"compiling {len(lower)} programs")
+    timing.compile_all(lower)
     flex: list[Exact] = []
-    for shape in timing.progress(shapes, unit="case"):
-        # Peers have no eidetic memory: once is enough.
-        also = [] if shape.eidetic else peers
-        measured, exact = measure(shape, [*names, *(name for name in also if name != "flex")])
+    for case, also in timing.progress([*zip(cases, beside, strict=True)], unit="case"):
+        measured, exact = case.measure()
         add(measured)
         if "flex" in also:
             flex.append(exact)

@@ -286,7 +286,9 @@ class Attention(nnx.Module):
         zero_B1 = piece.time_B[:, None]
         q_BLHK = self.rotate(self.queries(u_BLD), piece.time_BL - zero_B1)
         k_BLGK, v_BLGK = self.keys_values(u_BLD)
-        ring = write_keys(cache.window, k_BLGK, v_BLGK, piece)
+        # Read where it was written: XLA would choose between old and new once more for every use,
+        # and copy the ring.
+        ring = jax.lax.optimization_barrier(write_keys(cache.window, k_BLGK, v_BLGK, piece))
 
         def stream(ring: KeyRing, oldest: int | None, newest: int) -> KeyStream:
             """The keys whose age is in [newest, oldest)."""
@@ -301,7 +303,8 @@ class Attention(nnx.Module):
         fading, eidetic = cache.fading, cache.eidetic
         if fading is not None:
             assert f_BLD is not None and self.window is not None
-            fading = write_keys(fading, *self.fading_keys_values(f_BLD), piece)
+            keys_values = self.fading_keys_values(f_BLD)
+            fading = jax.lax.optimization_barrier(write_keys(fading, *keys_values, piece))
             streams.append(stream(fading, self.window + self.fading_window, self.window))
         if eidetic is not None:
             assert e_BL is not None

@@ -115,6 +115,9 @@ class Mamba(nnx.Module):
         return dt_BLE, low[..., rank : rank + state], low[..., rank + state :]
 
     def _scan(self, x_BLE, dt_BLE, b_BLN, c_BLN, z_BLE, reset_BL, h0_BEN):
+        implementation = self.config.scan_implementation
+        if x_BLE.shape[1] == 1:  # nothing to do one after the other: XLA fuses the definition
+            implementation = "reference"
         return operations.selective_scan(
             x_BLE,
             dt_BLE,
@@ -126,7 +129,7 @@ class Mamba(nnx.Module):
             dt_bias_E=self.dt_proj.bias[...],
             reset_BL=reset_BL,
             h0_BEN=h0_BEN,
-            implementation=self.config.scan_implementation,
+            implementation=implementation,
         )
 
     def _output(self, y_BLE):
