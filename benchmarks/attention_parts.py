@@ -17,7 +17,7 @@ from flax import nnx
 
 from benchmarks import timing
 from benchmarks.attention_programs import useful_flops
-from benchmarks.parts import Arrays, MakePart, Part, product_flops
+from benchmarks.parts import Arrays, MakePart, Part, of_modules, product_flops
 from bmojo_jax import memory
 from bmojo_jax.attention import Attention
 from bmojo_jax.config import ModelConfig
@@ -65,19 +65,6 @@ def parts_of(config: ModelConfig, *, batch: int, length: int) -> dict[str, MakeP
     # Arrays, not constants of the programs: XLA would compute angles and masks while compiling.
     def positions() -> jax.Array:
         return jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None, :], (B, L))
-
-    def of_modules(
-        modules: Any, function: Callable[..., Arrays], *inputs: Any, **more: Any
-    ) -> Part:
-        """The modules' weights become inputs."""
-        graph, weights = nnx.split(modules)
-        return Part(
-            lambda inputs, constants: function(
-                nnx.merge(graph, inputs[0]), *inputs[1:], *constants
-            ),
-            (weights, *inputs),
-            **more,
-        )
 
     def mixer(implementation: str | None, seed: int) -> Part:
         normal = drawn(seed)

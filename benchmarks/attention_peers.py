@@ -128,6 +128,8 @@ def flex(
     # Else the first backward pass decides that none may be run again.
     config: Any = importlib.import_module("torch._functorch.config")
     config.donated_buffer = False
+    # A program for each mask: some eight are kept otherwise, and what comes later is not compiled.
+    importlib.import_module("torch._dynamo").reset()
     B, L, H, G, K = shape
 
     def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:

@@ -328,6 +328,7 @@ def main(argv: list[str]) -> None:
     lower = [one for case in cases for one in case.lower()]
     timing.say(f"compiling {len(lower)} programs")
     timing.compile_all(lower)
+    timing.wait_for_turn()
     flex: list[Exact] = []
     for case, also in timing.progress([*zip(cases, beside, strict=True)], unit="case"):
         measured, exact = case.measure()

@@ -9,7 +9,8 @@ With `--packed` documents are told apart as in `train.py`, although there is one
 cannot be used. Tokens of a step stay the same while rows grow longer. Each case runs in a process
 of its own, so that peaks of memory are its own and a case that does not fit costs the others
 nothing; it says so in its row. A time counts only beside its losses: they are finite, and the same
-batch's falls from step to step.
+batch's falls from step to step. With `--processes` cases compile side by side, for which
+`XLA_PYTHON_CLIENT_PREALLOCATE=false` leaves memory; one at a time measures.
 
 `parts`, on one device: seconds of its kernels in a step, by what they belong to. Matrix products
 and kernels of scan and attention are told apart by the operations' names in the compiled program; a
@@ -28,7 +29,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -62,7 +64,16 @@ _MESH = flags.DEFINE_list("mesh", [], "AXIS=DEVICES each; by default one device.
 _PACKED = flags.DEFINE_bool("packed", False, "Tell documents apart.")
 _SCAN = flags.DEFINE_string("scan", None, "Implementation; by default the best.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Timed, after two warm ones.", lower_bound=3)
-_SECONDS = flags.DEFINE_float("case_seconds", 300, "After which a case is given up.")
+_PROCESSES = flags.DEFINE_integer(
+    "processes",
+    1,
+    "Cases that are under way together. The first runs alone: XLA tunes products while it compiles,"
+    " which JAX_COMPILATION_CACHE_DIR keeps for others of the same sizes.",
+    lower_bound=1,
+)
+_SECONDS = flags.DEFINE_float(
+    "case_seconds", 300, "After which a case is given up, waiting for others included."
+)
 _COMMIT = flags.DEFINE_string("commit", "", "Of the code that runs, for the record.")
 _ALONE = flags.DEFINE_bool("alone", False, "Measure the one case here and print its row.")
 _DRAW = flags.DEFINE_bool("draw", False, "Make a figure, .svg and .png, beside the JSON.")
@@ -116,10 +127,13 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     program = trainer.make_program(config, mesh, ByteTokenizer())
     batch = sharding.place_batch(random_batch(config), mesh)
     with jax.set_mesh(mesh):
-        start = time.perf_counter()
         lowered = program.step.lower(program.abstract_state, batch)
-        compiled = lowered.compile()
-        compile_seconds = time.perf_counter() - start
+        with ThreadPoolExecutor() as pool:
+            profiling_one = len(devices) == 1 and pool.submit(_one_by_one, lowered, devices[0])
+            start = time.perf_counter()
+            compiled = lowered.compile()
+            compile_seconds = time.perf_counter() - start
+        timing.wait_for_turn()
         state = program.init()
         losses, seconds = [], []
         for _ in range(_WARM_STEPS + _STEPS.value):
@@ -131,8 +145,8 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         stats = [device.memory_stats() for device in devices]
         profiled: dict[str, Any] = {"parts": {}}
         try:
-            if len(devices) == 1:
-                one_by_one = lowered.compile(compiler_options=_options(devices[0]))
+            if profiling_one:
+                one_by_one = profiling_one.result()
                 state, _ = one_by_one(state, batch)
                 kernels = profiling.kernels(lambda: one_by_one(state, batch))
                 names = profiling.operation_names(one_by_one.as_text())
@@ -163,11 +177,20 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _options(device: jax.Device) -> dict[str, str | int] | None:
-    """With which a profile shows single kernels and not the command buffers that hold them."""
+def _one_by_one(lowered: Any, device: jax.Device) -> Any:
+    """The program whose profile shows single kernels and not the command buffers that hold them."""
     if device.platform != "gpu":
-        return None
-    return {"xla_gpu_enable_command_buffer": "", "xla_gpu_graph_min_graph_size": 2**30}
+        return lowered.compile()
+    options = {"xla_gpu_enable_command_buffer": "", "xla_gpu_graph_min_graph_size": 2**30}
+    return lowered.compile(compiler_options=options)
+
+
+def rows_of(cases: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Cases and their rows, as they end."""
+    yield cases[0], alone(cases[0])
+    with ThreadPoolExecutor(_PROCESSES.value) as pool:
+        running = {pool.submit(alone, case): case for case in cases[1:]}
+        yield from ((running[done], done.result()) for done in as_completed(running))
 
 
 def alone(case: str) -> dict[str, Any]:
@@ -234,10 +257,9 @@ def draw(content: Mapping[str, Any], path: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
     del argv
-    cases = [(family, int(length)) for family, length in (c.split(":") for c in _CASES.value)]
     if _ALONE.value:
-        ((family, length),) = cases
-        print(json.dumps(measure(settings(family, length))))
+        ((family, length),) = (case.split(":") for case in _CASES.value)
+        print(json.dumps(measure(settings(family, int(length)))))
         return
     if _OUTPUT.value is None:
         raise app.UsageError("--output: where the JSON is")
@@ -257,14 +279,16 @@ def main(argv: list[str]) -> None:
         mesh=_MESH.value,
         xla_flags=os.environ.get("XLA_FLAGS", ""),
     )
-    rows = []
-    for case in timing.progress(_CASES.value, unit="case"):
+    rows: list[dict[str, Any]] = []
+    cases = _CASES.value
+    for case, row in timing.progress(rows_of(cases), unit="case", total=len(cases)):
         family, length = case.split(":")
-        row = {"family": family, "L": int(length), **alone(case)}
+        row = {"family": family, "L": int(length), **row}
         record.content["device"] = row.pop("device", record.content["device"])
         rows.append(row)
+        rows.sort(key=lambda row: cases.index(f"{row['family']}:{row['L']}"))
         record.add("rows", rows)
-        timing.say("\n".join(table(rows[-1:])))
+        timing.say("\n".join(table([row])))
     wrong = [row for row in rows if "wrong" in row]
     if wrong:
         raise SystemExit("\n".join(["wrong, or did not run:", *map(str, wrong)]))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from benchmarks import scan_accuracy, timing
 
@@ -35,6 +36,7 @@ class Part:
       flops: of the matrix products in it, by kind.
       least_bytes: by kind, where not every argument must be read; otherwise all of them count.
       kinds: forward alone, if nothing has a gradient.
+      least_seconds: by kind, of what else takes time whatever the program.
       exact: what must come out forward, if not what the function gives in float32: no error is
         allowed.
     """
@@ -45,7 +47,25 @@ class Part:
     flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
     least_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     kinds: Sequence[str] = KINDS
+    least_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     exact: Callable[[Any, Any], Arrays] | None = None
+
+
+def of_modules(
+    modules: Any,
+    function: Callable[..., Arrays],
+    *inputs: Any,
+    constants: tuple[Any, ...] = (),
+    **more: Any,
+) -> Part:
+    """function(modules, *inputs, *constants); the modules' weights become inputs."""
+    graph, weights = nnx.split(modules)
+    return Part(
+        lambda inputs, constants: function(nnx.merge(graph, inputs[0]), *inputs[1:], *constants),
+        (weights, *inputs),
+        constants,
+        **more,
+    )
 
 
 # From the implementation of kernels (None: the best) and a seed. Arrays are drawn when it is
@@ -64,7 +84,8 @@ class Speeds(NamedTuple):
         moved = part.least_bytes.get(kind)
         if moved is None:
             moved = _moved_bytes(part, kind)
-        return max(moved / self.copy, part.flops.get(kind, 0) / self.product)
+        arithmetic = part.flops.get(kind, 0) / self.product
+        return max(moved / self.copy, arithmetic, part.least_seconds.get(kind, 0))
 
 
 def speeds(product_side: int, samples: int) -> Speeds:
@@ -114,18 +135,37 @@ def _arguments(part: Part, kind: str, seed: int) -> tuple[Any, Any, Arrays]:
     return part.inputs, part.constants, d_out
 
 
-def _errors(program: Any, part: Part, defined: Part, kind: str) -> dict[str, float]:
-    """The relative error of every result."""
-    arguments = _arguments(part, kind, 0)
-    got = program(*arguments)
-    if part.exact is not None:
-        return scan_accuracy.errors(got, part.exact(part.inputs, part.constants))
-    wide = jax.tree.map(
-        lambda v: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v, arguments
-    )
-    with jax.default_matmul_precision("highest"):
-        want = _program(defined.function, kind)(*wide)
-    return scan_accuracy.errors(got, want)
+class _Checked:
+    """A part and its definition: the same in float32, never through the same kernel, as what is
+    wrong in that would be wrong in float32 too."""
+
+    def __init__(self, part: Part, defined: Part, kind: str):
+        self.part = part
+        self.run = _program(part.function, kind)
+        self.arguments = _arguments(part, kind, 0)
+        self._wide_run = _program(defined.function, kind)
+
+    def lower(self) -> list[Callable[[], Any]]:
+        return [functools.partial(self.run.lower, *self.arguments), self._lower_wide]
+
+    def _wide(self) -> Any:
+        return jax.tree.map(
+            lambda v: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v, self.arguments
+        )
+
+    def _lower_wide(self) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return self._wide_run.lower(*jax.eval_shape(self._wide))
+
+    def errors(self) -> dict[str, float]:
+        """The relative error of every result."""
+        got = self.run(*self.arguments)
+        if self.part.exact is not None:
+            want = self.part.exact(self.part.inputs, self.part.constants)
+        else:
+            with jax.default_matmul_precision("highest"):
+                want = self._wide_run(*self._wide())
+        return scan_accuracy.errors(got, want)
 
 
 def measure(
@@ -145,20 +185,20 @@ def measure(
     """
     part = make(implementation, 0)
     kinds = [kind for kind in kinds if kind in part.kinds]
-    programs = {kind: _program(part.function, kind) for kind in kinds}
-    failures = timing.compile_all(
-        functools.partial(programs[kind].lower, *_arguments(part, kind, 0)) for kind in kinds
-    )
+    defined = make("xla", 0) if checked and part.exact is None else part
+    programs = {kind: _Checked(part, defined, kind) for kind in kinds}
+    wanted = 2 if checked and part.exact is None else 1
+    lower = [one for program in programs.values() for one in program.lower()[:wanted]]
+    failures = dict(zip(kinds, timing.compile_all(lower)[::wanted], strict=True))
     rows: list[dict[str, Any]] = []
-    for kind, failure in zip(kinds, failures, strict=True):
+    for kind, program in programs.items():
         row: dict[str, Any] = {"kind": kind}
         if speeds is not None:
             row["floor_ms"] = 1e3 * speeds.floor(part, kind)
-        if failure is not None:
+        if (failure := failures[kind]) is not None:
             row["wrong"] = scan_accuracy.in_short(failure)
         elif checked:
-            # Never against the same kernel: what is wrong in it would be wrong in float32 too.
-            row["errors"] = _errors(programs[kind], part, make("xla", 0), kind)
+            row["errors"] = program.errors()
             limit = LIMIT if part.exact is None else 0
             if not max(row["errors"].values()) <= limit:
                 row["wrong"] = f"errors above {limit}: {row['errors']}"
@@ -168,7 +208,7 @@ def measure(
     drawn = [part, *(make(implementation, seed) for seed in range(1, sets))] if right else []
     jobs = {
         row["kind"]: timing.Job(
-            programs[row["kind"]],
+            programs[row["kind"]].run,
             [_arguments(one, row["kind"], seed) for seed, one in enumerate(drawn)],
         )
         for row in right

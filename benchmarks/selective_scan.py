@@ -369,6 +369,7 @@ def main(argv: list[str]) -> None:
     lower = [*checked.lower(), *(one for group in groups for one in group.lower())]
     timing.say(f"compiling {len(lower)} programs")
     timing.compile_all(lower)
+    timing.wait_for_turn()
 
     hard = checked.check()
     record.add("hard", hard)

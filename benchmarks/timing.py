@@ -8,8 +8,12 @@ that of its kernels in a profile, the median over calls.
 """
 
 import collections
+import fcntl
 import math
+import os
+import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -117,8 +121,25 @@ class _Sampler:
         return statistics.median(sum(seconds[i : i + count]) for i in range(0, len(seconds), count))
 
 
+_turn: list[int] = []  # the open file, until the process ends
+
+
+def wait_for_turn() -> None:
+    """Benchmarks may compile side by side; from here to its end a process measures alone.
+
+    Of the processes of a machine that see the same GPUs, those that have not called this are not
+    kept from using them."""
+    if not _turn:
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "_")
+        name = f"bmojo_jax-{os.getuid()}-measures-on-{devices}"
+        file = os.open(pathlib.Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _turn.append(file)
+
+
 def measure[Name](jobs: Mapping[Name, Job], *, samples: int) -> dict[Name, Timing]:
     """Times every job. All have run before the first sample, so none compiles in it."""
+    wait_for_turn()
     samplers = {name: _Sampler(job) for name, job in jobs.items()}
     measured: dict[Name, list[tuple[float, float]]] = {name: [] for name in jobs}
     for number in range(_WARM_ROUNDS + samples):
@@ -177,13 +198,13 @@ def number_of_sets(bytes_of_a_set: int) -> int:
     return min(_MOST_SETS, max(2, math.ceil(ROTATED_BYTES / max(bytes_of_a_set, 1))))
 
 
-def progress[T](items: Iterable[T], *, unit: str) -> Iterable[T]:
+def progress[T](items: Iterable[T], *, unit: str, total: int | None = None) -> Iterable[T]:
     """A progress bar, where tqdm is installed."""
     try:
         import tqdm
     except ImportError:
         return items
-    return tqdm.tqdm(items, unit=unit, disable=None)
+    return tqdm.tqdm(items, unit=unit, total=total, disable=None)
 
 
 def say(line: str) -> None:
