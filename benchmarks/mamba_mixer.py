@@ -9,12 +9,12 @@ are checked and timed. "mixer" and "mixer and innovation" are whole; their floor
 those of their parts, and that of the scan is its arithmetic too. Parameters are float32 and rounded
 to bfloat16 in each program.
 
-The JSON is written after every case. The exit status is 1 if anything was wrong.
+The JSON is written after every part. The exit status is 1 if anything was wrong.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -147,34 +147,35 @@ def parts_of(case: Case) -> dict[str, MakePart]:
             positions(),
         )
 
+    # The whole last: its floor is that of its parts.
     return {
-        "mixer": mixer,
-        "mixer and innovation": mixer_and_innovation,
         "products": products,
         "convolution + SiLU": convolution,
         "scan": scan,
         "norm": norm,
         "innovation": innovations,
+        "mixer": mixer,
+        "mixer and innovation": mixer_and_innovation,
     }
 
 
-def measure_case(case: Case, implementation: str | None, speeds: Speeds) -> list[dict[str, Any]]:
-    """A row for each part and kind."""
-    rows = []
+def measure_case(
+    case: Case, implementation: str | None, speeds: Speeds
+) -> Iterator[list[dict[str, Any]]]:
+    """Part by part, a row for each kind."""
+    floors: dict[tuple[str, str], float] = {}
     for name, make in parts_of(case).items():
-        of_whole = name in WHOLE
-        measured = measure(
+        rows = measure(
             make,
             implementation=implementation,
             samples=_SAMPLES.value,
-            speeds=None if of_whole else speeds,
+            speeds=None if name in WHOLE else speeds,
         )
-        rows += [{"part": name, **row} for row in measured]
-    floors = {(row["part"], row["kind"]): row["floor_ms"] for row in rows if "floor_ms" in row}
-    for row in rows:
-        if row["part"] in WHOLE:
-            row["floor_ms"] = sum(floors[part, row["kind"]] for part in WHOLE[row["part"]])
-    return rows
+        for row in rows:
+            if name in WHOLE:
+                row["floor_ms"] = sum(floors[part, row["kind"]] for part in WHOLE[name])
+            floors[name, row["kind"]] = row["floor_ms"]
+        yield [{"part": name, **row} for row in rows]
 
 
 def main(argv: list[str]) -> None:
@@ -194,9 +195,11 @@ def main(argv: list[str]) -> None:
     wrong: list[str] = []
     runs = [(case, name) for case in _CASES.value for name in _IMPLEMENTATIONS.value or [None]]
     for case, name in timing.progress(runs, unit="case"):
-        rows = measure_case(CASES[case], name, measured)
+        rows: list[dict[str, Any]] = []
         cases.append({"case": case, "implementation": name or "best", "rows": rows})
-        record.add("cases", cases)
+        for of_part in measure_case(CASES[case], name, measured):
+            rows += of_part
+            record.add("cases", cases)
         timing.say("\n".join([f"{case}, scan by {name or 'the best'}", *table(rows)]))
         wrong += [
             f"{case} {row['part']} {row['kind']}: {row['wrong']}" for row in rows if "wrong" in row
