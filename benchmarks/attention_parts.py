@@ -7,6 +7,7 @@ itself; the output projection. "mixer" is all of it, given u and the fading stre
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from bmojo_jax import memory
 from bmojo_jax.attention import Attention
 from bmojo_jax.config import ModelConfig
 from bmojo_jax.layers import Documents, rotary
-from pallas_kernels import memory_attention
+from pallas_kernels import innovation, memory_attention
 from pallas_kernels.shapes import AttentionShape
 
 # What the mixer consists of; the others are parts of these, or all of them.
@@ -66,14 +67,20 @@ def parts_of(config: ModelConfig, *, batch: int, length: int) -> dict[str, MakeP
     def positions() -> jax.Array:
         return jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None, :], (B, L))
 
+    def innovation_test(implementation: str | None) -> Callable[..., jax.Array]:
+        # Other implementations are the attention's.
+        chosen = "xla" if implementation == "xla" else None
+        return functools.partial(innovation, implementation=chosen)
+
     def mixer(implementation: str | None, seed: int) -> Part:
         normal = drawn(seed)
 
         def run(module: Attention, u_BLD: Any, f_BLD: Any, positions_BL: Any) -> Arrays:
-            e_BL = memory.innovation(f_BLD, positions_BL) if M else None
+            e_BL = test(f_BLD, positions_BL) if M else None
             documents = Documents(positions_BL, None)
             return {"y_BLD": module(u_BLD, documents, f_BLD=f_BLD, e_BL=e_BL)[0]}
 
+        test = innovation_test(implementation)
         module = attention(implementation, seed)
         return of_modules(module, run, normal(L, D), normal(L, D), constants=(positions(),))
 
@@ -125,9 +132,10 @@ def parts_of(config: ModelConfig, *, batch: int, length: int) -> dict[str, MakeP
         modules = (module.q_norm, module.k_norm)
         return of_modules(modules, run, *inputs, constants=(positions(),))
 
-    def innovation(implementation: str | None, seed: int) -> Part:
+    def of_fading(implementation: str | None, seed: int) -> Part:
+        test = innovation_test(implementation)
         return Part(
-            lambda f_BLD, positions_BL: {"e_BL": memory.innovation(f_BLD, positions_BL)},
+            lambda f_BLD, positions_BL: {"e_BL": test(f_BLD, positions_BL)},
             drawn(seed)(L, D),
             positions(),
             kinds=FORWARD,  # its gradient is wanted where the gate is on
@@ -211,7 +219,7 @@ def parts_of(config: ModelConfig, *, batch: int, length: int) -> dict[str, MakeP
         "norms": norms,
         "rotary": rotations,
         "norms + rotary": norms_and_rotary,
-        "innovation": innovation,
+        "innovation": of_fading,
         "selection": selection,
         "gathers": gathers,
         "attention": attend,

@@ -3,7 +3,7 @@
     python -m benchmarks.mamba_mixer --output results/kernels/mamba_mixer.json
 
 Does everything around the scan cost no more than the bytes that it must move? The parts are those
-of `bmojo_jax.ssm.Mamba` and `bmojo_jax.memory.innovation`, each as a program of its own: the matrix
+of `bmojo_jax.ssm.Mamba` and `pallas_kernels.innovation`, each as a program of its own: the matrix
 products, convolution + SiLU, the scan, the norm after it, the innovation; `parts.py` has how they
 are checked and timed. "mixer" and "mixer and innovation" are whole; their floors are the sums of
 those of their parts, and that of the scan is its arithmetic too. Parameters are float32 and rounded
@@ -13,8 +13,9 @@ The JSON is written after every part. The exit status is 1 if anything was wrong
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -38,9 +39,8 @@ from benchmarks.parts import (
 from benchmarks.record import Record
 from bmojo_jax import presets
 from bmojo_jax.layers import CausalConv, Documents
-from bmojo_jax.memory import innovation
 from bmojo_jax.ssm import Mamba
-from pallas_kernels import selective_scan
+from pallas_kernels import innovation, selective_scan
 from pallas_kernels.shapes import ScanShape
 
 
@@ -87,6 +87,11 @@ def parts_of(case: Case) -> dict[str, MakePart]:
     def positions() -> jax.Array:
         return jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None, :], (B, L))
 
+    def innovation_test(implementation: str | None) -> Callable[..., jax.Array]:
+        # Other implementations are the scan's.
+        chosen = "xla" if implementation == "xla" else None
+        return functools.partial(innovation, implementation=chosen)
+
     def mixer(implementation: str | None, seed: int) -> Part:
         def run(mamba: Mamba, u_BLD: Any, positions_BL: Any) -> Arrays:
             return {"f_BLD": mamba(u_BLD, Documents(positions_BL, None))}
@@ -97,8 +102,9 @@ def parts_of(case: Case) -> dict[str, MakePart]:
     def mixer_and_innovation(implementation: str | None, seed: int) -> Part:
         def run(mamba: Mamba, u_BLD: Any, positions_BL: Any) -> Arrays:
             f_BLD = mamba(u_BLD, Documents(positions_BL, None))
-            return {"f_BLD": f_BLD, "e_BL": innovation(f_BLD, positions_BL)}
+            return {"f_BLD": f_BLD, "e_BL": test(f_BLD, positions_BL)}
 
+        test = innovation_test(implementation)
         module = mamba(implementation, seed)
         return of_modules(module, run, normal(D, seed), constants=(positions(),))
 
@@ -140,9 +146,9 @@ def parts_of(case: Case) -> dict[str, MakePart]:
         return of_modules(module, lambda norm, y_BLE: {"y_BLE": norm(y_BLE)}, normal(E, seed))
 
     def innovations(implementation: str | None, seed: int) -> Part:
-        del implementation
+        test = innovation_test(implementation)
         return Part(
-            lambda f_BLD, positions_BL: {"e_BL": innovation(f_BLD, positions_BL)},
+            lambda f_BLD, positions_BL: {"e_BL": test(f_BLD, positions_BL)},
             normal(D, seed),
             positions(),
         )

@@ -56,7 +56,9 @@ _CASES = flags.DEFINE_list(
 _SIZE = flags.DEFINE_enum("size", "1_4b", list(presets.SIZES), "Of the presets.")
 _TOKENS = flags.DEFINE_integer("tokens", 65536, "Of a step; rows are as many as that makes.")
 _WIDTH = flags.DEFINE_integer("head_width", 128, "K.")
-_REMAT = flags.DEFINE_enum("remat", "full", ["none", "kernels", "dots", "full"], "What is kept.")
+_REMAT = flags.DEFINE_enum(
+    "remat", "full", ["none", "kernels", "dots", "full", "nested"], "What is kept."
+)
 _ATTENTION = flags.DEFINE_string(
     "attention", None, "Implementation; by default the best, for transformers cuDNN on GPUs."
 )
@@ -128,7 +130,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     batch = sharding.place_batch(random_batch(config), mesh)
     with jax.set_mesh(mesh):
         lowered = program.step.lower(program.abstract_state, batch)
-        with ThreadPoolExecutor() as pool:
+        with timing.compiling(), ThreadPoolExecutor() as pool:
             profiling_one = len(devices) == 1 and pool.submit(_one_by_one, lowered, devices[0])
             start = time.perf_counter()
             compiled = lowered.compile()

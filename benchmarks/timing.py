@@ -8,6 +8,7 @@ that of its kernels in a profile, the median over calls.
 """
 
 import collections
+import contextlib
 import fcntl
 import math
 import os
@@ -15,7 +16,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ _PROFILED_CALLS = 24
 # Calls after which the host's time is read: runtimes block once some 30 are in flight.
 _HOST_CALLS = 16
 _COPIED_VALUES = 2**26  # of float32
+_WARM_SECONDS = 1.0
 
 
 class Job(NamedTuple):
@@ -127,14 +129,31 @@ _turn: list[int] = []  # the open file, until the process ends
 def wait_for_turn() -> None:
     """Benchmarks may compile side by side; from here to its end a process measures alone.
 
-    Of the processes of a machine that see the same GPUs, those that have not called this are not
-    kept from using them."""
+    Of the processes of a machine that see the same GPUs, those that call neither this nor
+    `compiling` are not kept from using them."""
     if not _turn:
-        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "_")
-        name = f"bmojo_jax-{os.getuid()}-measures-on-{devices}"
-        file = os.open(pathlib.Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        _turn.append(file)
+        _turn.append(_locked(fcntl.LOCK_EX))
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Not while another process measures: compilers of GPU programs try them out on the device."""
+    if _turn:
+        yield
+        return
+    file = _locked(fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def _locked(kind: int) -> int:
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "_")
+    path = pathlib.Path(tempfile.gettempdir(), f"bmojo_jax-{os.getuid()}-measures-on-{devices}")
+    file = os.open(path, os.O_CREAT | os.O_RDWR)
+    fcntl.flock(file, kind)
+    return file
 
 
 def measure[Name](jobs: Mapping[Name, Job], *, samples: int) -> dict[Name, Timing]:
@@ -176,7 +195,7 @@ def compile_all(lower: Iterable[Callable[[], Any]]) -> list[BaseException | None
             future.set_exception(error)
         return future
 
-    with ThreadPoolExecutor() as pool:
+    with compiling(), ThreadPoolExecutor() as pool:
         running = [start(lower_one) for lower_one in lower]
         return [future.exception() for future in running]
 
@@ -185,6 +204,9 @@ def copied_bytes_per_second(*, samples: int) -> float:
     """Read and written, of a copy that is far larger than any cache: what memory can do."""
     sets = [(jnp.full(_COPIED_VALUES, value, jnp.float32),) for value in (1.0, 2.0)]
     job = Job(jax.jit(lambda v: -v), sets)
+    warm = time.monotonic() + _WARM_SECONDS  # a device that has just started is slower
+    while time.monotonic() < warm:
+        jax.block_until_ready([job.function(*one) for one in sets])
     return 2 * nbytes(sets[0]) / measure({"copy": job}, samples=samples)["copy"].seconds
 
 

@@ -151,7 +151,7 @@ def _scan_cycles(config: TrainConfig, tokens: int, pieces: int) -> float:
     )
     # A cut row takes two scans, of which "kernels" keeps one.
     passes = 1 if pieces == 1 else 2
-    again = {"none": 0, "kernels": passes - 1}.get(model.remat, passes)
+    again = {"none": 0, "kernels": passes - 1, "nested": 2 * passes}.get(model.remat, passes)
     bundles = SCAN_BUNDLES["forward"] * (passes + again) + SCAN_BUNDLES["backward"] * passes
     return layers * tokens * model.ssm_inner / 512 * bundles
 
@@ -199,8 +199,10 @@ def advice(config: TrainConfig, devices: int) -> list[str]:
         found.append(f"mesh.data=1 mesh.fsdp={cut}: parameters and optimizer are cut over all")
     if rows > cut and rows % (2 * cut) == 0:
         found.append(f"optim.accumulate={2 * config.optim.accumulate}: half the rows at a time")
-    if config.model.remat != "full":
+    if config.model.remat not in ("full", "nested"):
         found.append('model.remat="full": keeps little more than a layer\'s input')
+    elif config.model.remat == "full":
+        found.append('model.remat="nested": keeps fewer layers\' inputs, one more forward pass')
     pieces = 2 * sizes["context"]
     if config.data.sequence_length % (pieces * config.model.chunk) == 0:
         found.append(f"mesh.context={pieces}: half of a row's tokens on a device")

@@ -17,8 +17,8 @@ from bmojo_jax.attention import Attention
 from bmojo_jax.cache import BmojoCache, Piece, last, shift
 from bmojo_jax.config import ModelConfig
 from bmojo_jax.layers import Documents, RMSNorm, one_document
-from bmojo_jax.memory import innovation
 from bmojo_jax.ssm import Mamba
+from pallas_kernels import innovation
 
 
 class Bmojo(nnx.Module):

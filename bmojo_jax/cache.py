@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bmojo_jax.config import BlockSpec, ModelConfig
 from bmojo_jax.layers import at_least_float32
-from bmojo_jax.memory import TAPS, Slots, empty_slots
+from bmojo_jax.memory import Slots, empty_slots
+from pallas_kernels.innovation.api import TAPS
 
 
 class Piece(NamedTuple):

@@ -90,9 +90,10 @@ class ModelConfig:
 
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # float64: for checks
     # What a group's forward pass keeps for its backward pass: all; what products, attention and
-    # scan gave ("kernels"); the same without the scan ("dots"); its input ("full"). Which tokens
-    # are remembered is always kept, attention across devices that share a row never.
-    remat: Literal["none", "kernels", "dots", "full"] = "none"
+    # scan gave ("kernels"); the same without the scan ("dots"); its input ("full"); not even that,
+    # but the input of each of some sqrt(groups) stretches ("nested": one more forward pass). Which
+    # tokens are remembered is always kept, attention across devices that share a row never.
+    remat: Literal["none", "kernels", "dots", "full", "nested"] = "none"
     # None: the fastest that the platform has; else a name that pallas_kernels knows. "cudnn" is for
     # rows that are not told to hold several documents, which those of train.py are.
     scan_implementation: str | None = None

@@ -90,12 +90,14 @@ def _scores(x_BLD: Array, w_VD: Array, targets_BL: Array, J: int) -> _Scores:
         max_BL, sum_BL, score_BL, rival_BL = carry
         logits_BLV = _logits(x_BLD, _chunk(words_VJD, j, x_BLD.dtype), j, V=w_VD.shape[0], J=J)
         target_BLV = _is_target(targets_BL, j, J=J, words=words_VJD.shape[0])
-        new_BL = jnp.maximum(max_BL, logits_BLV.max(axis=-1))
+        # Of the target and of the others in one pass over the logits: their maximum needs no more.
+        own_BL = jnp.where(target_BLV, logits_BLV, 0).sum(axis=-1)
+        others_BL = jnp.where(target_BLV, -jnp.inf, logits_BLV).max(axis=-1)
+        largest_BL = jnp.maximum(others_BL, jnp.where(targets_BL % J == j, own_BL, -jnp.inf))
+        new_BL = jnp.maximum(max_BL, largest_BL)
         sum_BL = sum_BL * jnp.exp(max_BL - new_BL)
         sum_BL += jnp.exp(logits_BLV - new_BL[:, :, None]).sum(axis=-1)
-        score_BL += jnp.where(target_BLV, logits_BLV, 0).sum(axis=-1)
-        others_BL = jnp.where(target_BLV, -jnp.inf, logits_BLV).max(axis=-1)
-        return (new_BL, sum_BL, score_BL, jnp.maximum(rival_BL, others_BL)), None
+        return (new_BL, sum_BL, score_BL + own_BL, jnp.maximum(rival_BL, others_BL)), None
 
     zeros_BL = jnp.zeros(x_BLD.shape[:2], dtype)
     start = (zeros_BL - jnp.inf, zeros_BL, zeros_BL, zeros_BL - jnp.inf)

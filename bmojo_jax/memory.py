@@ -1,12 +1,12 @@
 """Long-term eidetic memory: which past tokens are kept verbatim, in parallel and streaming form.
 
-    innovation  e_t = || s_t - mean(s_{t-1}, ..., s_{t-4}) ||^2      taps of t's document only
+    innovation e_t: how badly the states before t predict that of t    `pallas_kernels.innovation`
     memory of chunk c, whose first token is s = c C:
         the M largest e_t among t <= s - W of the document that is open at s; ties: the earlier.
 
-Source: arXiv 2407.06324 (innovation test with a non-learned moving average of 4 taps); chunks,
-ties and documents are ours. All queries of a chunk share a memory, and a token becomes a candidate
-when it has left the window of every query of the chunk.
+Source: arXiv 2407.06324 (innovation test); chunks, ties and documents are ours. All queries of a
+chunk share a memory, and a token becomes a candidate when it has left the window of every query of
+the chunk.
 
 "The M largest of a prefix" obeys top(A u B) = top(top(A) u top(B)), so the training form and the
 decoding form (`absorb`, once per chunk) are the same function. The training form (`select`) takes
@@ -19,10 +19,7 @@ three merges, each a `top_k` of about MERGED candidates for every chunk, O(L) wo
 Compiled for an H100, `select` is 5 kernels at L = 2048 and 11 at L = 131,072 (M = 64, C = 256; an
 associative scan over the chunks: 25 and 88), which move 0.4 and 63 MB; `top_k` is one kernel that
 sorts each row in shared memory (up to 4096 candidates; three kernels for 8192), for M <= 16 of at
-least 1024 candidates XLA's own TopK kernel. `innovation` is one fused reduction that reads s in its
-own dtype, after a small kernel that makes the masks.
-
-Innovations are float32 (float64 for float64 inputs). The choice carries no gradient.
+least 1024 candidates XLA's own TopK kernel. The choice carries no gradient.
 
 Example: W = 2, C = 2, M = 1 and e = [5, 1, 7, 7, 2, 0]: chunk 0 (s = 0) and chunk 1 (s = 2, one
 candidate: t = 0) see {} and {0}; chunk 2 (s = 4, candidates 0, 1, 2) sees {2}.
@@ -41,7 +38,6 @@ from bmojo_jax.layers import at_least_float32
 
 # The name, for policies of `jax.checkpoint`, of which tokens are kept: a few bytes, much work.
 SAVED = "selection"
-TAPS = 4  # of the moving average
 # Candidates that one merge looks at: fewer would take more merges, each a few kernels, more larger
 # sorts for every chunk.
 MERGED = 2048
@@ -60,38 +56,6 @@ class Slots(NamedTuple):
 
     innovation_BM: Float[Array, "B M"]  # -inf in an empty slot
     time_BM: Int[Array, "B M"]  # tokens since the start of the row; -1 in an empty slot
-
-
-def innovation(
-    s_BLD: Float[Array, "B L D"],
-    positions_BL: Int[Array, "B L"],
-    tail_BSD: Float[Array, "B S D"] | None = None,
-) -> Float[Array, "B L"]:
-    """Squared error of predicting s_t by the mean of the up to 4 states before it.
-
-    Args:
-      positions_BL: of each token in its document; taps before the document do not exist.
-      tail_BSD: the S = 4 states before the row (decoding); None: there are none.
-
-    Returns:
-      e_BL >= 0; at the start of a document e = ||s||^2.
-    """
-    length = s_BLD.shape[1]
-    zero = jnp.zeros((), at_least_float32(s_BLD.dtype))
-    # Behind the barrier masks and zeros are a layer's own: XLA would take them out of the loop over
-    # layers, filled out to [B, L, D], and read them from memory in every layer.
-    s_BLD, positions_BL, zero = jax.lax.optimization_barrier((s_BLD, positions_BL, zero))
-    s_BLD = s_BLD.astype(zero.dtype)
-    if tail_BSD is None:
-        padded = jnp.pad(s_BLD, ((0, 0), (TAPS, 0), (0, 0)))
-    else:
-        padded = jnp.concatenate([tail_BSD.astype(s_BLD.dtype), s_BLD], axis=1)
-    total_BLD = jnp.zeros_like(s_BLD)
-    for back in range(1, TAPS + 1):
-        exists_BL1 = (positions_BL >= back)[:, :, None]
-        total_BLD += jnp.where(exists_BL1, padded[:, TAPS - back : TAPS - back + length], zero)
-    count_BL = jnp.clip(positions_BL, 1, TAPS).astype(s_BLD.dtype)
-    return jnp.sum(jnp.square(s_BLD - total_BLD / count_BL[:, :, None]), axis=-1)
 
 
 def keep_largest(

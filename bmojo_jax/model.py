@@ -6,7 +6,7 @@
 One repetition of the pattern is a *group*. The parameters of all groups are stacked and
 `jax.lax.scan` runs over them, so that compile time does not grow with depth; `remat` says what a
 group's backward pass recomputes: nothing, norms and whatever else is cheap, that and the scan, or
-all but the choice of what to remember.
+all but the choice of what to remember; that once, or twice to keep fewer groups' inputs.
 
 Two ways to use it: the NNX module `LanguageModel` (notebooks, surgery), and the functions below
 it over a nested dict of parameters (training). Parameters are float32.
@@ -162,7 +162,7 @@ class LanguageModel(nnx.Module):
                 x_BLD, measured[str(i)] = blocks[str(i)](x_BLD, documents, statistics=statistics)
             return x_BLD, measured
 
-        x_BLD, measured = jax.lax.scan(_remat(body, config.remat), self._embed(tokens_BL), stacked)
+        x_BLD, measured = _over_groups(body, self._embed(tokens_BL), stacked, config.remat)
         return self.norm(x_BLD), measured
 
     def prefill(
@@ -276,14 +276,38 @@ _KEPT = {
     "kernels": (memory.SAVED, PRODUCT, memory_attention.SAVED, selective_scan.SAVED),
     "dots": (memory.SAVED, PRODUCT, memory_attention.SAVED),
     "full": (memory.SAVED,),
+    "nested": (memory.SAVED,),
 }
 
 
-def _remat(body, remat: str):
+def _over_groups(body: Any, x_BLD: Array, stacked: Any, remat: str) -> tuple[Array, Any]:
+    """(x_BLD, what body measures of each group) after body(x_BLD, group) of every group.
+
+    "nested": in stretches of groups, each recomputed as a whole, then group by group. Of a stretch
+    only the input is kept, and in the one whose turn it is that of every group."""
     if remat == "none":
-        return body
-    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+        return jax.lax.scan(body, x_BLD, stacked)
+    body = _recomputed(body, _KEPT[remat])
+    groups = len(jax.tree.leaves(stacked)[0])
+    stretch = _stretch(groups) if remat == "nested" else 1
+    if stretch == 1:
+        return jax.lax.scan(body, x_BLD, stacked)
+    whole = _recomputed(functools.partial(jax.lax.scan, body), _KEPT[remat])
+    x_BLD, measured = jax.lax.scan(
+        whole, x_BLD, jax.tree.map(lambda v: v.reshape(-1, stretch, *v.shape[1:]), stacked)
+    )
+    return x_BLD, jax.tree.map(lambda v: v.reshape(groups, *v.shape[2:]), measured)
+
+
+def _recomputed(body: Any, kept: tuple[str, ...]) -> Any:
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
+
+
+def _stretch(groups: int) -> int:
+    """Groups of a stretch: as few inputs as can be, the shorter stretch if two are as good."""
+    sizes = [size for size in range(1, groups + 1) if groups % size == 0]
+    return min(sizes, key=lambda size: size + groups // size)
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:

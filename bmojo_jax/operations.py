@@ -1,9 +1,9 @@
 """Operations on a mesh that XLA's partitioner cannot cut, or not well.
 
-A kernel is opaque to the partitioner, so `selective_scan` and `memory_attention` run under
-shard_map: each device calls the kernel with its own rows and its own channels or heads, which need
-nothing of each other. Where the mesh cuts rows along their tokens, they, the convolution, the
-innovation and the memory need something of the pieces before: `context.py` has what.
+A kernel is opaque to the partitioner, so the scan, the attention, the convolution and the
+innovation run under shard_map: each device calls the kernel with its own rows and its own channels
+or heads, which need nothing of each other. Where the mesh cuts rows along their tokens, they and
+the memory need something of the pieces before: `context.py` has what.
 """
 
 import functools
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 import pallas_kernels
 from bmojo_jax import context, memory, sharding
 from bmojo_jax.sharding import BATCH, CONTEXT
+from pallas_kernels.innovation.api import TAPS
 
 P = PartitionSpec
 
@@ -120,13 +121,13 @@ def causal_convs(
 def innovation(
     s_BLD: Float[Array, "B L D"], positions_BL: Int[Array, "B L"]
 ) -> Float[Array, "B L"]:
-    """`memory.innovation` of whole rows."""
+    """`pallas_kernels.innovation` of whole rows."""
     arrays = {"s_BLD": s_BLD, "positions_BL": positions_BL}
-    if (pieces := _pieces(s_BLD.shape[1])) == 1:
-        return memory.innovation(**arrays)
+    pieces = _pieces(s_BLD.shape[1])
 
     def operation(s_BLD: Array, positions_BL: Array) -> tuple[Array]:
-        return (memory.innovation(s_BLD, positions_BL, context.halo(s_BLD, memory.TAPS)),)
+        tail_BSD = context.halo(s_BLD, TAPS) if pieces > 1 else None
+        return (pallas_kernels.innovation(s_BLD, positions_BL, tail_BSD),)
 
     return _per_device(operation, ["e_BL"], arrays, pieces=pieces)[0]
 

@@ -3,6 +3,7 @@
 Knows jax, numpy and absl only: no Flax, no meshes, no configs.
 
 * `causal_conv`, `causal_convs`: the short convolution before the scan, with SiLU.
+* `innovation`: how badly the mean of the states before it predicts a state.
 * `selective_scan`: the fading memory, a Mamba-1 scan with softplus, skip and gate fused.
 * `memory_attention`: one softmax over in-context, fading and eidetic keys.
 
@@ -11,6 +12,7 @@ Knows jax, numpy and absl only: no Flax, no meshes, no configs.
 
 from pallas_kernels.causal_conv.api import causal_conv, causal_convs
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.innovation.api import innovation
 from pallas_kernels.memory_attention.api import AttentionOutput, memory_attention
 from pallas_kernels.selective_scan.api import ScanOutput, selective_scan
 
@@ -20,6 +22,7 @@ __all__ = [
     "Unsupported",
     "causal_conv",
     "causal_convs",
+    "innovation",
     "memory_attention",
     "selective_scan",
 ]

@@ -90,7 +90,9 @@ def test_advice_names_what_takes_less(tmp_path):
     advice = aot.advice(run, 4)
     assert wanted <= {line.split(":")[0] for line in advice}
     assert advice[-1] == "a larger topology"
-    model = dataclasses.replace(run.model, remat="full")
+    full = dataclasses.replace(run, model=dataclasses.replace(run.model, remat="full"))
+    assert 'model.remat="nested"' in {line.split(":")[0] for line in aot.advice(full, 4)}
+    model = dataclasses.replace(run.model, remat="nested")
     smallest = dataclasses.replace(
         run, model=model, mesh=MeshConfig(data=1, fsdp=-1), vocab_chunk=2048
     )

@@ -121,30 +121,6 @@ def test_selection_is_a_few_merges(length, chunk, size, merges):
     assert text.count("top_k") == merges and text.count("stablehlo.sort") == 1
 
 
-def test_innovation_is_the_error_of_a_moving_average(rng):
-    positions_BL = packed_positions(12, (5, 6))
-    s_BLD = rng.normal(size=(1, 12, 3))
-    with jax.enable_x64(True):
-        e_BL = memory.innovation(jnp.asarray(s_BLD), jnp.asarray(positions_BL))
-    for t in range(12):
-        taps = [s_BLD[0, t - k] for k in range(1, 5) if k <= positions_BL[0, t]]
-        predicted = np.mean(taps, axis=0) if taps else np.zeros(3)
-        want = np.sum((s_BLD[0, t] - predicted) ** 2)
-        np.testing.assert_allclose(e_BL[0, t], want, rtol=1e-13)
-
-
-def test_innovation_streams(rng):
-    positions_BL = packed_positions(20, (7,), (11, 12))
-    s_BLD = rng.normal(size=(2, 20, 8)).astype(np.float32)
-    whole = jax.jit(memory.innovation)(jnp.asarray(s_BLD), positions_BL)
-    tail = jnp.zeros((2, memory.TAPS, 8))
-    step = jax.jit(memory.innovation)
-    for t in range(20):
-        e_B1 = step(jnp.asarray(s_BLD[:, t : t + 1]), positions_BL[:, t : t + 1], tail)
-        np.testing.assert_array_equal(e_B1[:, 0], whole[:, t])
-        tail = jnp.concatenate([tail[:, 1:], s_BLD[:, t : t + 1]], axis=1)
-
-
 def test_selection_depends_on_a_documents_offset_only_modulo_the_chunk(rng):
     """Spec section 3: equal offsets modulo C give equal memories, relative to the document."""
     chunk, window, size, length = 4, 5, 3, 24

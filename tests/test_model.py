@@ -231,9 +231,10 @@ def test_eidetic_gate_moves_attention_and_gives_the_innovation_a_gradient(rng):
     np.testing.assert_allclose(jnp.sum(slope), numeric, rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["none", "kernels", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "kernels", "dots", "full", "nested"])
 def test_rematerialisation_changes_no_gradient(rng, remat):
-    config = small_config(pattern="bmojo+mlp,mamba", depth=4)
+    depth = 8 if remat == "nested" else 4  # two stretches of two groups
+    config = small_config(pattern="bmojo+mlp,mamba", depth=depth)
     params = float64_params(config)
     tokens_BL = tokens(rng)
 
@@ -251,7 +252,13 @@ def test_rematerialisation_changes_no_gradient(rng, remat):
 
 @pytest.mark.parametrize(
     ("remat", "scans", "attentions", "selections"),
-    [("none", 1, 1, 1), ("kernels", 1, 1, 1), ("dots", 2, 1, 1), ("full", 2, 2, 1)],
+    [
+        ("none", 1, 1, 1),
+        ("kernels", 1, 1, 1),
+        ("dots", 2, 1, 1),
+        ("full", 2, 2, 1),
+        ("nested", 3, 3, 1),
+    ],
 )
 def test_what_rematerialisation_computes_again(remat, scans, attentions, selections):
     """In a training step, of the forward passes of scan and attention, and of selections."""
@@ -267,6 +274,20 @@ def test_what_rematerialisation_computes_again(remat, scans, attentions, selecti
     assert counts["selective_scan_forward_kernel"] == scans
     assert counts["memory_attention_forward_kernel"] == attentions
     assert counts["top_k"] == selections
+
+
+def test_nested_rematerialisation_keeps_the_inputs_of_stretches():
+    """Of 34 groups: those of 17 stretches, and of the two groups of one of them."""
+    assert [model._stretch(groups) for groups in (1, 2, 3, 4, 12, 34, 37)] == [1, 1, 1, 2, 3, 2, 1]
+
+    def stacked_inputs(remat):
+        settings = {"compute_dtype": "float32", "remat": remat}
+        config = small_config(pattern="mamba", depth=12, width=48, **settings)
+        shapes = _given_by_loops(_gradient_on_a_gpu(config).jaxpr.jaxpr)
+        return {shape[0] for shape in shapes if shape[1:] == (1, 64, 48)}
+
+    assert stacked_inputs("full") == {12}
+    assert stacked_inputs("nested") == {4, 3}
 
 
 def test_a_transformer_of_one_document_a_row_attends_through_cudnn(monkeypatch):
@@ -318,6 +339,18 @@ def _used_operations(jaxpr):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
                 yield from _used_operations(inner)
+
+
+def _given_by_loops(jaxpr):
+    """Shapes of what loops give."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield from (v.aval.shape for v in eqn.outvars)
+        if eqn.primitive.name != "pallas_call":
+            for parameter in eqn.params.values():
+                inner = getattr(parameter, "jaxpr", parameter)
+                if hasattr(inner, "eqns"):
+                    yield from _given_by_loops(inner)
 
 
 def test_depth_does_not_grow_the_program():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from bmojo_jax import context, hlo, layers, memory, model, operations, paths, sharding
+from bmojo_jax import context, hlo, layers, model, operations, paths, sharding
 from bmojo_jax.config import MeshConfig
+from pallas_kernels.innovation.api import TAPS
 from tests.models import small_config
 
 
@@ -97,7 +98,7 @@ ALONE = {
     "scan": pallas_kernels.selective_scan,
     "attention": pallas_kernels.memory_attention,
     "conv": functools.partial(pallas_kernels.causal_convs, uses=2),
-    "innovation": memory.innovation,
+    "innovation": pallas_kernels.innovation,
 }
 ON_MESH = {
     "remember": _remembered,
@@ -230,7 +231,7 @@ PIECES, ROWS = 4, 2
 # What the docstring of context.py says, for float32 and the sizes of CASES.
 FORMULAS = {
     "conv": {"collective-permute": 4 * ROWS * (4 - 1) * 4},
-    "innovation": {"collective-permute": 4 * ROWS * memory.TAPS * 3},
+    "innovation": {"collective-permute": 4 * ROWS * TAPS * 3},
     "scan": {"all-gather": 4 * (PIECES - 1) * ROWS * 4 * (3 + 1)},
     "attention": {
         "collective-permute": 4 * ROWS * (2 * (3 - 1) + 2 * (3 + 2 - 1)) * 2 * 4 + 4 * ROWS * 4

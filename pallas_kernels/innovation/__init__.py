@@ -1,0 +1,1 @@
+"""How far a state is from the mean of those before it. See `api.py`."""
