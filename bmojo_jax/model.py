@@ -285,10 +285,11 @@ def _over_groups(body: Any, x_BLD: Array, stacked: Any, remat: str) -> tuple[Arr
 
     "nested": in stretches of groups, each recomputed as a whole, then group by group. Of a stretch
     only the input is kept, and in the one whose turn it is that of every group."""
-    if remat == "none":
-        return jax.lax.scan(body, x_BLD, stacked)
-    body = _recomputed(body, _KEPT[remat])
     groups = len(jax.tree.leaves(stacked)[0])
+    if remat == "none":
+        # A loop would copy what two groups keep into an array of both, and out of it again.
+        return jax.lax.scan(body, x_BLD, stacked, unroll=groups <= 2)
+    body = _recomputed(body, _KEPT[remat])
     stretch = _stretch(groups) if remat == "nested" else 1
     if stretch == 1:
         return jax.lax.scan(body, x_BLD, stacked)

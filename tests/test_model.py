@@ -366,6 +366,21 @@ def test_depth_does_not_grow_the_program():
     assert size(16) <= 1.02 * size(2)
 
 
+def test_two_groups_are_no_loop():
+    """What they keep for the backward pass is not copied into an array of both."""
+
+    def loops(depth, remat="none"):
+        config = small_config(pattern="swa", depth=depth, remat=remat, compute_dtype="float32")
+        return (
+            _gradient_on_a_gpu(config)
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+            .count("stablehlo.while")
+        )
+
+    assert loops(2) < loops(3) == loops(2, remat="full")
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("family", ["bmojo_gate", "bmojo_mlp_mamba", "transformer"])
 def test_lowers_for_accelerators(family, platform):
