@@ -328,16 +328,16 @@ def main(argv: list[str]) -> None:
     lower = [one for case in cases for one in case.lower()]
     timing.say(f"compiling {len(lower)} programs")
     timing.compile_all(lower)
-    timing.wait_for_turn()
-    flex: list[Exact] = []
-    for case, also in timing.progress([*zip(cases, beside, strict=True)], unit="case"):
-        measured, exact = case.measure()
-        add(measured)
-        if "flex" in also:
-            flex.append(exact)
-    # At the end: JAX's profiler does not start again where PyTorch's has been.
-    for exact in flex:
-        add(with_speed(measure_flex(exact), exact.shape))
+    with timing.turn():
+        flex: list[Exact] = []
+        for case, also in timing.progress([*zip(cases, beside, strict=True)], unit="case"):
+            measured, exact = case.measure()
+            add(measured)
+            if "flex" in also:
+                flex.append(exact)
+        # At the end: JAX's profiler does not start again where PyTorch's has been.
+        for exact in flex:
+            add(with_speed(measure_flex(exact), exact.shape))
     wrong = [row for row in rows if "wrong" in row]
     if wrong:
         raise SystemExit("\n".join(["wrong, and therefore not timed:", *map(str, wrong)]))

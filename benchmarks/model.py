@@ -19,6 +19,7 @@ fusion belongs to what its root is from. "idle" is the rest of the step.
 `XLA_FLAGS=--xla_gpu_deterministic_ops=true`, as `train.py` sets it, shows what training pays.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -122,8 +123,10 @@ def random_batch(config: TrainConfig) -> dict[str, np.ndarray]:
     return batch
 
 
-def measure(config: TrainConfig) -> dict[str, Any]:
-    """Trains on one batch; compilation is timed apart."""
+def measure(config: TrainConfig, held: contextlib.ExitStack) -> dict[str, Any]:
+    """Trains on one batch; compilation is timed apart.
+
+    `held` gets the turn to measure: memory is free for others when this process has ended."""
     mesh = mesh_of(_MESH.value)
     devices = list(mesh.devices.flat)
     program = trainer.make_program(config, mesh, ByteTokenizer())
@@ -135,7 +138,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
             start = time.perf_counter()
             compiled = lowered.compile()
             compile_seconds = time.perf_counter() - start
-        timing.wait_for_turn()
+        held.enter_context(timing.turn())
         state = program.init()
         losses, seconds = [], []
         for _ in range(_WARM_STEPS + _STEPS.value):
@@ -261,7 +264,8 @@ def main(argv: list[str]) -> None:
     del argv
     if _ALONE.value:
         ((family, length),) = (case.split(":") for case in _CASES.value)
-        print(json.dumps(measure(settings(family, int(length)))))
+        held = contextlib.ExitStack()
+        print(json.dumps(measure(settings(family, int(length)), held)))
         return
     if _OUTPUT.value is None:
         raise app.UsageError("--output: where the JSON is")

@@ -369,8 +369,18 @@ def main(argv: list[str]) -> None:
     lower = [*checked.lower(), *(one for group in groups for one in group.lower())]
     timing.say(f"compiling {len(lower)} programs")
     timing.compile_all(lower)
-    timing.wait_for_turn()
+    with timing.turn():
+        measure_all(checked, groups, implementations, named, record)
 
+
+def measure_all(
+    checked: Hard,
+    groups: Sequence[Timed],
+    implementations: Sequence[str],
+    named: Sequence[str],
+    record: Record,
+) -> None:
+    """Fills the record; the process ends with status 1 if anything was wrong."""
     hard = checked.check()
     record.add("hard", hard)
     for name, dtype in itertools.product(implementations, scan_accuracy.LIMITS):

@@ -123,22 +123,28 @@ class _Sampler:
         return statistics.median(sum(seconds[i : i + count]) for i in range(0, len(seconds), count))
 
 
-_turn: list[int] = []  # the open file, until the process ends
+_turns: list[int] = []  # of this process, each within the one before; the first has the open file
 
 
-def wait_for_turn() -> None:
-    """Benchmarks may compile side by side; from here to its end a process measures alone.
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """Benchmarks may compile side by side; within this a process measures alone.
 
-    Of the processes of a machine that see the same GPUs, those that call neither this nor
+    Of the processes of a machine that see the same GPUs, those that use neither this nor
     `compiling` are not kept from using them."""
-    if not _turn:
-        _turn.append(_locked(fcntl.LOCK_EX))
+    _turns.append(_turns[0] if _turns else _locked(fcntl.LOCK_EX))
+    try:
+        yield
+    finally:
+        file = _turns.pop()
+        if not _turns:
+            os.close(file)
 
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """Not while another process measures: compilers of GPU programs try them out on the device."""
-    if _turn:
+    if _turns:
         yield
         return
     file = _locked(fcntl.LOCK_SH)
@@ -158,18 +164,18 @@ def _locked(kind: int) -> int:
 
 def measure[Name](jobs: Mapping[Name, Job], *, samples: int) -> dict[Name, Timing]:
     """Times every job. All have run before the first sample, so none compiles in it."""
-    wait_for_turn()
-    samplers = {name: _Sampler(job) for name, job in jobs.items()}
-    measured: dict[Name, list[tuple[float, float]]] = {name: [] for name in jobs}
-    for number in range(_WARM_ROUNDS + samples):
-        for name, sampler in samplers.items():
-            seconds = sampler.sample()
-            if number >= _WARM_ROUNDS:
-                measured[name].append(seconds)
-    times = {name: summary(values, samplers[name].calls) for name, values in measured.items()}
-    for name, timing in times.items():
-        if timing.host_bound and jax.default_backend() == "gpu":
-            times[name] = timing._replace(device=samplers[name].device_seconds())
+    with turn():
+        samplers = {name: _Sampler(job) for name, job in jobs.items()}
+        measured: dict[Name, list[tuple[float, float]]] = {name: [] for name in jobs}
+        for number in range(_WARM_ROUNDS + samples):
+            for name, sampler in samplers.items():
+                seconds = sampler.sample()
+                if number >= _WARM_ROUNDS:
+                    measured[name].append(seconds)
+        times = {name: summary(values, samplers[name].calls) for name, values in measured.items()}
+        for name, timing in times.items():
+            if timing.host_bound and jax.default_backend() == "gpu":
+                times[name] = timing._replace(device=samplers[name].device_seconds())
     return times
 
 
