@@ -1,5 +1,5 @@
 # make quickstart   trains a small B'MOJO on this machine and shows what came of it
-# make test         installs what is missing and runs the tests (under 20 minutes on 2 cores)
+# make test         installs what is missing and runs the tests (20 to 30 minutes on 2 cores)
 # make check        format, lint and types
 # make install-aot  installs the TPU compiler, for the slow tests that count a kernel's instructions
 
