@@ -112,7 +112,9 @@ class Attention(nnx.Module):
         self.q_proj = Projection((width,), (heads, head), rngs=rngs)
         self.k_proj = Projection((width,), (kv_heads, head), rngs=rngs)
         self.v_proj = Projection((width,), (kv_heads, head), rngs=rngs)
-        if fading_window and config.fading_projections == "untied":
+        self.remembers_fading = bool(eidetic_tokens) and config.eidetic_content == "fading"
+        self.reads_fading = bool(fading_window) or self.remembers_fading
+        if self.reads_fading and config.fading_projections == "untied":
             self.fading_k_proj = Projection((width,), (kv_heads, head), rngs=rngs)
             self.fading_v_proj = Projection((width,), (kv_heads, head), rngs=rngs)
         if config.qk_norm:
@@ -168,7 +170,7 @@ class Attention(nnx.Module):
         """The whole pass.
 
         Args:
-          f_BLD: the fading stream (needed when fading_window > 0).
+          f_BLD: the fading stream (needed when `reads_fading`).
           e_BL: the innovations (needed when eidetic_tokens > 0).
           statistics: also return the share of attention mass on each stream, and what is kept.
         """
@@ -226,13 +228,17 @@ class Attention(nnx.Module):
         k_BLGK, v_BLGK = self.keys_values(u_BLD)
         streams: dict[str, Any] = {}
         kept = fading = None
-        if self.eidetic_tokens:
-            assert e_BL is not None
-            kept = self._remember(k_BLGK, v_BLGK, e_BL, documents)
-            streams |= self._eidetic(kept, positions_BL)
-        if self.fading_window:
+        if self.reads_fading:
             assert f_BLD is not None
             fading = self.fading_keys_values(f_BLD)
+        if self.eidetic_tokens:
+            assert e_BL is not None
+            source = fading if self.remembers_fading else (k_BLGK, v_BLGK)
+            assert source is not None
+            kept = self._remember(*source, e_BL, documents)
+            streams |= self._eidetic(kept, positions_BL)
+        if self.fading_window:
+            assert fading is not None
             streams |= {
                 "fading_k_BLGK": self.rotate(fading[0], positions_BL),
                 "fading_v_BLGK": fading[1],
@@ -305,11 +311,14 @@ class Attention(nnx.Module):
             assert f_BLD is not None and self.window is not None
             keys_values = self.fading_keys_values(f_BLD)
             fading = jax.lax.optimization_barrier(write_keys(fading, *keys_values, piece))
-            streams.append(stream(fading, self.window + self.fading_window, self.window))
+            if self.fading_window:
+                streams.append(stream(fading, self.window + self.fading_window, self.window))
         if eidetic is not None:
             assert e_BL is not None
             eidetic = eidetic._replace(e_BR=write(eidetic.e_BR, e_BL, piece))
-            eidetic, memories = self._extend_memory(eidetic, ring, piece)
+            source = fading if self.remembers_fading else ring
+            assert source is not None
+            eidetic, memories = self._extend_memory(eidetic, source, piece)
             streams += memories
         o_BLHK = attend(q_BLHK, streams)
         return self.output(o_BLHK), AttentionCache(window=ring, fading=fading, eidetic=eidetic)
@@ -326,17 +335,17 @@ class Attention(nnx.Module):
         border_B = -(-piece.time_B // chunk) * chunk
         crosses_B = border_B < piece.end_B
         time_BC = (border_B - chunk - window + 1)[:, None] + jnp.arange(chunk)[None, :]
-        slot_BC = time_BC % ring.k_BRGK.shape[1]
         index_B1 = jnp.clip(border_B - piece.time_B, 0, length - 1)[:, None]
         start_B = jnp.take_along_axis(piece.start_BL, index_B1, axis=1)[:, 0]
 
         def refresh(before: EideticCache) -> EideticCache:
-            e_BC = jnp.take_along_axis(before.e_BR, slot_BC, axis=1)
+            e_BC = jnp.take_along_axis(before.e_BR, time_BC % before.e_BR.shape[1], axis=1)
             slots, source_BM = memory.absorb(before.slots, e_BC, time_BC, start_B)
             source = jnp.maximum(source_BM, 0)[:, :, None, None]
 
             def gather(old_BMGK, ring_BRGK):
-                fresh = jnp.take_along_axis(ring_BRGK, slot_BC[:, :, None, None], axis=1)
+                slot_BC11 = (time_BC % ring_BRGK.shape[1])[:, :, None, None]
+                fresh = jnp.take_along_axis(ring_BRGK, slot_BC11, axis=1)
                 return jnp.take_along_axis(jnp.concatenate([old_BMGK, fresh], 1), source, axis=1)
 
             after = EideticCache(

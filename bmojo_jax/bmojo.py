@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bmojo_jax import operations
+from bmojo_jax import memory, operations
 from bmojo_jax.attention import Attention
 from bmojo_jax.cache import BmojoCache, Piece, last, shift
 from bmojo_jax.config import ModelConfig
@@ -57,7 +57,7 @@ class Bmojo(nnx.Module):
         f_BLD = self._fading(ssm_BLD)
         e_BL = None
         if self.eidetic_tokens:
-            e_BL = operations.innovation(self._signal(u_BLD, f_BLD), documents.positions_BL)
+            e_BL = self._scores(self._signal(u_BLD, f_BLD), documents.positions_BL)
         out_BLD, measured = self.attention(
             u_BLD, documents, f_BLD=f_BLD, e_BL=e_BL, statistics=statistics
         )
@@ -74,7 +74,7 @@ class Bmojo(nnx.Module):
         e_BL = states_BTD = None
         if empty.states_BTD is not None:
             s_BLD = self._signal(u_BLD, f_BLD)
-            e_BL = operations.innovation(s_BLD, one_document(*u_BLD.shape[:2]).positions_BL)
+            e_BL = self._scores(s_BLD, one_document(*u_BLD.shape[:2]).positions_BL)
             states_BTD = last(s_BLD, length_B, empty.states_BTD)
         out_BLD, attention_cache = self.attention.prefill(
             u_BLD, length_B, empty.attention, f_BLD=f_BLD, e_BL=e_BL
@@ -90,7 +90,7 @@ class Bmojo(nnx.Module):
         e_BL = states_BTD = None
         if cache.states_BTD is not None:
             s_BLD = self._signal(u_BLD, f_BLD)
-            e_BL = innovation(s_BLD, piece.positions_BL, cache.states_BTD)
+            e_BL = self._scores(s_BLD, piece.positions_BL, cache.states_BTD)
             states_BTD = shift(cache.states_BTD, s_BLD, piece.length_B)
         out_BLD, attention_cache = self.attention.extend(
             u_BLD, cache.attention, piece, f_BLD=f_BLD, e_BL=e_BL
@@ -103,6 +103,17 @@ class Bmojo(nnx.Module):
     def _signal(self, u_BLD, f_BLD):
         """What the innovation test watches."""
         return f_BLD if self.config.innovation_of == "fading" else u_BLD
+
+    def _scores(
+        self, s_BLD: Array, positions_BL: Array, tail_BTD: Array | None = None
+    ) -> Float[Array, "B L"]:
+        """By which tokens are remembered, of whole rows or of pieces that follow a tail."""
+        selection = self.config.eidetic_selection
+        if selection != "innovation":
+            return memory.order(positions_BL, selection)
+        if tail_BTD is None:
+            return operations.innovation(s_BLD, positions_BL)
+        return innovation(s_BLD, positions_BL, tail_BTD)
 
     def _residual(self, out_BLD, ssm_BLD):
         return out_BLD + ssm_BLD if self.config.ssm_residual else out_BLD

@@ -10,7 +10,7 @@ time t is of the query's document when t >= start.
 
     ring of a window W:       R = W + P         P: the longest piece
     with an eidetic memory:   R = W + C + P     tokens wait in the ring until they are candidates
-    fading ring:              R = W + F + P
+    fading ring:              R = W + F + P     F at least C where the memory is of this stream
     full attention:           R = the greatest length
 """
 
@@ -185,6 +185,8 @@ def _ssm(config: ModelConfig, batch: int) -> SsmCache:
 def _bmojo(config: ModelConfig, batch: int, size: int) -> BmojoCache:
     longest = longest_piece(config)
     window, fading = config.window, config.fading_span
+    if size and config.eidetic_content == "fading":
+        fading = max(fading, config.chunk)
     eidetic = None
     if size:
         capacity = window + config.chunk + longest

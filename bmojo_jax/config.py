@@ -76,7 +76,13 @@ class ModelConfig:
     # Rotary position of eidetic keys: "slot", right behind the fading window; "original", the
     # token's own; "none", not rotated, which is the position of the document's first token.
     eidetic_positions: Literal["slot", "original", "none"] = "slot"
+    # Which of the tokens that left the window are remembered: the M of largest innovation or, to
+    # compare with (`memory.order`), some whatever they hold, the newest, or the document's first.
+    eidetic_selection: Literal["innovation", "random", "newest", "oldest"] = "innovation"
     innovation_of: Literal["fading", "input"] = "fading"  # the signal s of the innovation test
+    # What keys and values of a remembered token are made of: u, by Wk and Wv, or f, as the fading
+    # stream's are.
+    eidetic_content: Literal["input", "fading"] = "input"
     eidetic_gate: bool = False  # a learned weight of log-innovation in the logit, per head
 
     ssm_expand: int = 2  # E = ssm_expand * D

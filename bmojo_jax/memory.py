@@ -27,7 +27,7 @@ candidate: t = 0) see {} and {0}; chunk 2 (s = 4, candidates 0, 1, 2) sees {2}.
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,27 @@ class Slots(NamedTuple):
 
     innovation_BM: Float[Array, "B M"]  # -inf in an empty slot
     time_BM: Int[Array, "B M"]  # tokens since the start of the row; -1 in an empty slot
+
+
+def order(
+    positions_BL: Int[Array, "B L"], selection: Literal["random", "newest", "oldest"]
+) -> Float[Array, "B L"]:
+    """What stands for innovations where these do not choose: above 0, of positions alone.
+
+    "random" is one order of all positions, the same in every document, layer and run.
+    """
+    match selection:
+        case "newest":
+            return 1.0 + positions_BL.astype(jnp.float32)
+        case "oldest":
+            return 1.0 / (1.0 + positions_BL.astype(jnp.float32))
+        case _:
+            bits_BL = jax.vmap(jax.vmap(_scrambled))(positions_BL)
+            return (1.0 + (bits_BL >> 8).astype(jnp.float32)) / 2.0**24
+
+
+def _scrambled(position: Array) -> Array:
+    return jax.random.bits(jax.random.fold_in(jax.random.key(0), position))
 
 
 def keep_largest(

@@ -40,6 +40,9 @@ FAMILIES = {
     "bmojo_none": {"eidetic_positions": "none"},
     "bmojo_untied": {"fading_projections": "untied"},
     "bmojo_innovation_of_input": {"innovation_of": "input"},
+    "bmojo_newest": {"eidetic_selection": "newest"},
+    "bmojo_random_fading": {"eidetic_selection": "random", "eidetic_content": "fading"},
+    "bmojo_memory_of_fading_alone": {"eidetic_content": "fading", "fading_window": 0},
     "bmojo_no_fading": {"fading_window": 0},
     "bmojo_long_chunk": {"chunk": 9, "window": 3, "fading_window": 6, "eidetic_tokens": 2},
     "bmojo_paper": {

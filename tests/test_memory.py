@@ -245,6 +245,30 @@ def test_recalled_integers_and_bfloat16(rng):
     np.testing.assert_array_equal(sums[0, 3], rounded)
 
 
+@pytest.mark.parametrize(
+    ("selection", "kept"), [("newest", [32, 33, 34, 35]), ("oldest", [0, 1, 2, 3])]
+)
+def test_orders_of_positions(selection, kept):
+    """The last chunk starts at 40; its candidates are 0 to 35."""
+    positions_BL = jnp.arange(44)[None]
+    e_BL = memory.order(positions_BL, selection)
+    options = {"window": 5, "chunk": 8, "size": 4}
+    chosen = memory.select(e_BL, jnp.zeros((1, 44), jnp.int32), **options)
+    assert chosen.index_BZM[0, 5].tolist() == kept
+
+
+def test_random_order_is_even_and_of_positions_alone():
+    positions_BL = jnp.stack([jnp.arange(4096), jnp.arange(4096)[::-1]])
+    e_BL = np.asarray(memory.order(positions_BL, "random"))
+    np.testing.assert_array_equal(e_BL[0], e_BL[1, ::-1])
+    assert e_BL.min() > 0
+    assert len(np.unique(e_BL)) > 4000
+    # Of 4096 even draws: the shares of 8 parts, and neighbours do not go together.
+    shares = np.histogram(e_BL[0], bins=8, range=(0, 1))[0] / 4096
+    np.testing.assert_allclose(shares, 1 / 8, atol=0.03)
+    assert abs(np.corrcoef(e_BL[0, 1:], e_BL[0, :-1])[0, 1]) < 0.1
+
+
 def test_slot_positions_follow_the_window():
     slots = memory.slot_positions(jnp.array([[20]]), window=3, fading_window=4, size=3)
     np.testing.assert_array_equal(slots, [[[11, 12, 13]]])

@@ -204,6 +204,41 @@ def test_memory_of_everything_is_full_attention_up_to_staleness(rng):
     assert np.abs(got - want)[:, config.chunk + config.window :].max() > 1e-3
 
 
+def test_memory_of_the_newest_is_a_wider_window(rng):
+    """With F = 0 and original positions; queries at a chunk's first token miss nothing."""
+    config = small_config(
+        pattern="bmojo",
+        fading_window=0,
+        eidetic_tokens=7,
+        eidetic_selection="newest",
+        eidetic_positions="original",
+        ssm_residual=False,
+    )
+    params = float64_params(config)
+    u_BLD = jnp.asarray(rng.normal(size=(2, LENGTH, 16)))
+    documents = layers.packed_documents(jnp.asarray(packed_positions(LENGTH, (), (14,))))
+    got, _ = bmojo_mixer(config, params)(u_BLD, documents)
+    want, _ = sliding_window(config, params, config.window + 7)(u_BLD, documents)
+    np.testing.assert_allclose(got[:, :: config.chunk], want[:, :: config.chunk], atol=1e-12)
+
+
+def test_memory_of_the_fading_stream(rng):
+    """Of f := u it is that of the input, with tied weights; of another f it is another."""
+    of_input = small_config(pattern="bmojo", eidetic_tokens=7)
+    params = float64_params(of_input)
+    of_fading = dataclasses.replace(of_input, eidetic_content="fading")
+    u_BLD, f_BLD = jnp.asarray(rng.normal(size=(2, 2, LENGTH, 16)))
+    e_BL = jnp.asarray(rng.uniform(size=(2, LENGTH)))
+    documents = layers.one_document(2, LENGTH)
+
+    def attend(config, f_BLD):
+        attention = bmojo_mixer(config, params).attention
+        return attention(u_BLD, documents, f_BLD=f_BLD, e_BL=e_BL)[0]
+
+    np.testing.assert_array_equal(attend(of_fading, u_BLD), attend(of_input, u_BLD))
+    assert np.abs(attend(of_fading, f_BLD) - attend(of_input, f_BLD)).max() > 1e-3
+
+
 def test_no_memory_is_bmojo_f(rng):
     config = small_config(pattern="bmojo", eidetic_tokens=0)
     params = float64_params(config)

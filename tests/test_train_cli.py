@@ -339,6 +339,8 @@ WRONG = {
     "model.fading_projections": "both",
     "model.eidetic_positions": "slots",
     "model.innovation_of": "output",
+    "model.eidetic_selection": "largest",
+    "model.eidetic_content": "output",
     "model.ssm_expand": 0,
     "model.ssm_state": 0,
     "model.conv_taps": 0,
