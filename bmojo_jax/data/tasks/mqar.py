@@ -42,12 +42,12 @@ def check(*, vocab_size: int, length: int, pairs: tuple[int, ...]) -> None:
     )
 
 
-def slots(key: Array, k: Int[Array, ""] | int, *, most: int, length: int) -> Int[Array, " A"]:
-    """The slots of the keys 0 .. most - 1; those from k on mean nothing."""
+def slots(key: Array, k: Int[Array, ""] | int, *, length: int) -> Int[Array, " S"]:
+    """The slots in the order in which keys get them; those from k on get none."""
     slot_S = jnp.arange(length // 2)
     log_p_S = (POWER - 1) * jnp.log1p(slot_S.astype(jnp.float32))
     log_p_S = jnp.where(slot_S < length // 2 - k, log_p_S, -jnp.inf)
-    return jax.lax.top_k(log_p_S + jax.random.gumbel(key, (length // 2,)), most)[1]
+    return jnp.argsort(log_p_S + jax.random.gumbel(key, (length // 2,)), descending=True)
 
 
 def _different_words(key: Array, first: int, end: int, count: int) -> Int[Array, " A"]:
@@ -63,22 +63,24 @@ def example(
     half = vocab_size // 2
     keys_A = _different_words(key_words, 1, half, most)
     values_A = _different_words(value_words, half, vocab_size, most)
+    slots_S = slots(key_slots, k, length=length)
     index_A = jnp.arange(most)
     real_A = index_A < k
-    asked_A = 2 * k + 2 * slots(key_slots, k, most=most, length=length)
-    asked_A = jnp.where(real_A, asked_A, 0)
+    asked_A = jnp.where(real_A, 2 * k + 2 * slots_S[:most], 0)
+
+    # Every token asks what it is: gathers alone, no scatter.
+    token_L = jnp.arange(length)
+    pair_L = jnp.minimum(token_L // 2, most - 1)
+    context_L = jnp.where(token_L % 2 == 0, keys_A[pair_L], values_A[pair_L])
+    rank_L = jnp.argsort(slots_S)[jnp.maximum(token_L - 2 * k, 0) // 2]
+    is_query_L = (token_L % 2 == 0) & (rank_L < k)
+    query_L = keys_A[jnp.minimum(rank_L, most - 1)]
     if filler == "random":
-        tokens_L = jax.random.randint(key_filler, (length,), 0, vocab_size)
+        filler_L = jax.random.randint(key_filler, (length,), 0, vocab_size)
     else:
-        tokens_L = jnp.zeros((length,), jnp.int32)
-    beyond = length  # an index that is dropped
-    for places_A, words_A in (
-        (2 * index_A, keys_A),
-        (2 * index_A + 1, values_A),
-        (asked_A, keys_A),
-    ):
-        places_A = jnp.where(real_A, places_A, beyond)
-        tokens_L = tokens_L.at[places_A].set(words_A, mode="drop")
+        filler_L = jnp.zeros((length,), jnp.int32)
+    behind_L = jnp.where(is_query_L, query_L, filler_L)
+    tokens_L = jnp.where(token_L < 2 * k, context_L, behind_L)
     return Example(
         tokens=tokens_L,
         asked=asked_A,
