@@ -22,8 +22,9 @@ from benchmarks.parts import Arrays, MakePart, Part, of_modules, product_flops
 from bmojo_jax import memory
 from bmojo_jax.attention import Attention
 from bmojo_jax.config import ModelConfig
-from bmojo_jax.layers import Documents, rotary
+from bmojo_jax.layers import Documents
 from pallas_kernels import innovation, memory_attention
+from pallas_kernels.rotary import rotary
 from pallas_kernels.shapes import AttentionShape
 
 # What the mixer consists of; the others are parts of these, or all of them.

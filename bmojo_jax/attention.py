@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from bmojo_jax import memory, operations
 from bmojo_jax.cache import (
@@ -31,47 +31,13 @@ from bmojo_jax.layers import (
     Documents,
     Projection,
     RMSNorm,
-    at_least_float32,
     one_document,
-    rotary,
 )
+from pallas_kernels import KeyStream
+from pallas_kernels.rotary import rotary
 
 # Keeps log(e / mean e) finite where a token was predicted without error.
 INNOVATION_FLOOR = 1e-6
-
-
-class KeyStream(NamedTuple):
-    """Keys that some queries see: rotated, with a mask and an optional addition to the logits."""
-
-    k_BSGK: Float[Array, "B S G K"]
-    v_BSGK: Float[Array, "B S G K"]
-    visible_BLS: Bool[Array, "B L S"]
-    bias_BHS: Float[Array, "B H S"] | None = None
-
-
-def attend(q_BLHK: Float[Array, "B L H K"], streams: list[KeyStream]) -> Float[Array, "B L H K"]:
-    """Dense attention of a few queries over all streams under one softmax: decoding."""
-    batch, length, heads, width = q_BLHK.shape
-    wide = at_least_float32(q_BLHK.dtype)
-    logits = []
-    for k_BSGK, _, visible_BLS, bias_BHS in streams:
-        groups = k_BSGK.shape[2]
-        q = q_BLHK.reshape(batch, length, groups, heads // groups, width)
-        scores = jnp.einsum(
-            "BLGJK,BSGK->BGJLS", q, k_BSGK.astype(q.dtype), preferred_element_type=wide
-        )
-        scores = scores.reshape(batch, heads, length, -1) * width**-0.5
-        if bias_BHS is not None:
-            scores = scores + bias_BHS[:, :, None, :]
-        logits.append(jnp.where(visible_BLS[:, None], scores, -jnp.inf))
-    weights_BHLS = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
-    # A query beyond its row's length may see nothing; its output is ignored, but must not be NaN.
-    weights_BHLS = jnp.where(jnp.isnan(weights_BHLS), 0, weights_BHLS).astype(q_BLHK.dtype)
-    v_BSGK = jnp.concatenate([stream.v_BSGK.astype(q_BLHK.dtype) for stream in streams], axis=1)
-    groups = v_BSGK.shape[2]
-    weights = weights_BHLS.reshape(batch, groups, heads // groups, length, -1)
-    o = jnp.einsum("BGJLS,BSGK->BLGJK", weights, v_BSGK, preferred_element_type=wide)
-    return o.reshape(batch, length, heads, width).astype(q_BLHK.dtype)
 
 
 class Seen(NamedTuple):
@@ -282,7 +248,7 @@ class Attention(nnx.Module):
         f_BLD: Float[Array, "B L D"] | None = None,
         e_BL: Float[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], AttentionCache]:
-        """Continues every row by a piece: dense attention over the cached keys.
+        """Continues every row by a piece: attention to the cached keys.
 
         Rotary counts from the piece's first token: only differences matter, and small angles
         stay exact however long the row is.
@@ -303,7 +269,7 @@ class Attention(nnx.Module):
             visible = (age_BLR >= newest) & (time_BR[:, None, :] >= jnp.maximum(start_BL, 0))
             if oldest is not None:
                 visible &= age_BLR < oldest
-            return KeyStream(self.rotate(ring.k_BRGK, time_BR - zero_B1), ring.v_BRGK, visible)
+            return KeyStream(ring.k_BRGK, ring.v_BRGK, time_BR - zero_B1, visible)
 
         streams = [stream(ring, self.window, 0)]
         fading, eidetic = cache.fading, cache.eidetic
@@ -320,7 +286,7 @@ class Attention(nnx.Module):
             assert source is not None
             eidetic, memories = self._extend_memory(eidetic, source, piece)
             streams += memories
-        o_BLHK = attend(q_BLHK, streams)
+        o_BLHK = operations.cached_attention(q_BLHK, streams, theta=self.config.rope_theta)
         return self.output(o_BLHK), AttentionCache(window=ring, fading=fading, eidetic=eidetic)
 
     def _extend_memory(
@@ -387,26 +353,23 @@ class Attention(nnx.Module):
         config = self.config
         time_BM = eidetic.slots.time_BM
         valid_BM = time_BM >= 0
-        k_BMGK = eidetic.k_BMGK
         if config.eidetic_positions == "slot":
-            slots = memory.slot_positions(
+            positions_BM = memory.slot_positions(
                 border_B - piece.time_B,
                 window=config.window,
                 fading_window=self.fading_window,
                 size=self.eidetic_tokens,
             )
-            k_BMGK = self.rotate(k_BMGK, slots)
         elif config.eidetic_positions == "original":
-            k_BMGK = self.rotate(k_BMGK, time_BM - piece.time_B[:, None])
+            positions_BM = time_BM - piece.time_B[:, None]
         else:  # unrotated in the whole pass, whose positions count from the document's start
-            origin_BM = jnp.broadcast_to((start_B - piece.time_B)[:, None], time_BM.shape)
-            k_BMGK = self.rotate(k_BMGK, origin_BM)
+            positions_BM = jnp.broadcast_to((start_B - piece.time_B)[:, None], time_BM.shape)
         same_document = time_BM[:, None, :] >= piece.start_BL[:, :, None]
         bias_BHM = None
         if config.eidetic_gate:
             bias_BHM = self.gate_bias(eidetic.slots.innovation_BM, valid_BM)
         visible = valid_BM[:, None, :] & same_document & sees_BL1
-        return KeyStream(k_BMGK, eidetic.v_BMGK, visible, bias_BHM)
+        return KeyStream(eidetic.k_BMGK, eidetic.v_BMGK, positions_BM, visible, bias_BHM)
 
     def _remember(self, k_BLGK, v_BLGK, e_BL, documents: Documents) -> operations.Memory:
         """The memory of every chunk: keys (normed, not rotated), values, innovations, positions."""

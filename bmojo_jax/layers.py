@@ -1,10 +1,10 @@
-"""Stateless bricks: RMS norm, SwiGLU MLP, causal convolution, rotary positions, linear maps.
+"""Stateless bricks: RMS norm, SwiGLU MLP, causal convolution, linear maps, documents of a row.
 
 Each brick is a pure function of arrays, and a thin NNX module where it has parameters.
-Parameters are float32; matrix products run in the compute dtype; norms and rotary angles are
-float32. "float32" here means at least that: float64 inputs stay.
+Parameters are float32; matrix products run in the compute dtype; norms are float32. "float32" here
+means at least that: float64 inputs stay.
 
-Sources: RMSNorm arXiv 1910.07467; SwiGLU arXiv 2002.05202; rotary positions arXiv 2104.09864.
+Sources: RMSNorm arXiv 1910.07467; SwiGLU arXiv 2002.05202.
 """
 
 import math
@@ -35,25 +35,6 @@ def rms_norm(
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     scale = scale_D.reshape((1,) * (x.ndim - 1) + scale_D.shape)
     return (wide * inverse * scale).astype(x.dtype)
-
-
-def rotary(
-    x: Float[Array, "*shape H K"], positions: Int[Array, "*shape"], theta: float
-) -> Float[Array, "*shape H K"]:
-    """Rotates the pairs (x_k, x_{k + K/2}) of each head by position * theta^(-2k/K).
-
-    Positions may be negative (slots of the eidetic memory). Angles are float32.
-    """
-    half = x.shape[-1] // 2
-    wide = at_least_float32(x.dtype)
-    frequency = jnp.exp(jnp.arange(half, dtype=wide) * (-math.log(theta) / half))
-    angle = positions.astype(wide)[..., None, None] * frequency.reshape(
-        (1,) * (positions.ndim + 1) + (half,)
-    )
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 class Documents(NamedTuple):

@@ -259,3 +259,15 @@ def memory_attention(
 
     outputs = _per_device(operation, ["o_BLHK", "lse_BLH"], arrays, pieces=pieces)
     return pallas_kernels.AttentionOutput(*outputs)
+
+
+@jax.named_scope("cached_attention")
+def cached_attention(
+    q_BLHK: Float[Array, "B L H K"], streams: list[pallas_kernels.KeyStream], *, theta: float
+) -> Float[Array, "B L H K"]:
+    """`pallas_kernels.cached_attention`; on a mesh of several devices XLA cuts it."""
+    mesh = sharding.ambient_mesh()
+    alone = mesh is None or mesh.size == 1
+    return pallas_kernels.cached_attention(
+        q_BLHK, streams, theta=theta, implementation=None if alone else "xla"
+    )

@@ -8,8 +8,9 @@
 
 Purpose: the central experiment of B'MOJO (arXiv 2407.06324): rows of 256 tokens, a window of 32,
 two mixers without MLP. A row shows k pairs of a key and a value, then asks for every value by its
-key (`bmojo_jax/data/tasks/mqar.py`); rows with 8, 16, 32 and 64 pairs take turns, and each is tested
-by itself too. At k = 64, and only there, all answers but 2 % lie beyond two windows. The argument after the colon is a family and, after commas, any of
+key (`bmojo_jax/data/tasks/mqar.py`). Rows with 8, 16, 32 and 64 pairs take turns, and each number
+is tested by itself too; at 64, and only there, all answers but 2 % lie beyond two windows. The
+argument after the colon is a family and, after commas, any of
 
     width=64|128  pairs=K or K1/K2/..., rows in turn  tokens=M (bmojo)  filler=random|zero  small
 

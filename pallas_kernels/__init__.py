@@ -6,10 +6,12 @@ Knows jax, numpy and absl only: no Flax, no meshes, no configs.
 * `innovation`: how badly the mean of the states before it predicts a state.
 * `selective_scan`: the fading memory, a Mamba-1 scan with softplus, skip and gate fused.
 * `memory_attention`: one softmax over in-context, fading and eidetic keys.
+* `cached_attention`: the same of a few new tokens, over the keys that decoding caches.
 
 `Unsupported` is what a named implementation raises when it cannot take an input.
 """
 
+from pallas_kernels.cached_attention.api import KeyStream, cached_attention
 from pallas_kernels.causal_conv.api import causal_conv, causal_convs
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.innovation.api import innovation
@@ -18,8 +20,10 @@ from pallas_kernels.selective_scan.api import ScanOutput, selective_scan
 
 __all__ = [
     "AttentionOutput",
+    "KeyStream",
     "ScanOutput",
     "Unsupported",
+    "cached_attention",
     "causal_conv",
     "causal_convs",
     "innovation",

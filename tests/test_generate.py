@@ -1,9 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmojo_jax import cache, generate, model
+import pallas_kernels
+from bmojo_jax import cache, generate, model, operations
 from bmojo_jax.generate import Sampling
 from tests.models import FAMILIES, float64_params, small_config
 
@@ -77,6 +80,29 @@ def test_one_pass_leaves_what_pieces_leave(rng, family, positions):
         logits_BV, state = generate.prefill(config, params, state, parts)
         want_BV, want = generate.prefill(config, params, want, parts)
         np.testing.assert_allclose(logits_BV, want_BV, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["transformer", "bmojo", "bmojo_gate"])
+def test_kernels_decode_what_a_whole_pass_gives(rng, monkeypatch, family):
+    """Token by token, across borders of chunks and rings; the kernels interpreted."""
+    kernels = functools.partial(pallas_kernels.cached_attention, implementation="pallas_triton")
+    monkeypatch.setattr(
+        operations,
+        "cached_attention",
+        lambda q, streams, *, theta: kernels(q, streams, theta=theta),
+    )
+    changes = FAMILIES[family] | {"head_width": 32, "compute_dtype": "float32"}
+    config = small_config(**changes)
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), float64_params(config))
+    tokens_BL = jnp.asarray(rng.integers(0, 31, size=(2, 30)))
+    step = jax.jit(lambda *x: model.bind(config, params).extend(*x))
+    state = cache.empty_cache(config, 2, max_length=30)
+    rows = []
+    for t in range(30):
+        x_BLD, state = step(tokens_BL[:, t : t + 1], state, jnp.ones(2, jnp.int32))
+        rows.append(x_BLD)
+    want = model.bind(config, params).hidden_states(tokens_BL)[0]
+    np.testing.assert_allclose(jnp.concatenate(rows, 1), want, atol=1e-4)
 
 
 def test_a_conversation_continues_where_it_stopped(rng):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bmojo_jax import layers
+from pallas_kernels.rotary import rotary
 from tests.models import packed_positions
 
 
@@ -11,7 +12,7 @@ def test_rotary_turns_pairs_by_their_angle(rng):
     x = rng.normal(size=(5, 1, 6))
     positions = np.array([0, 1, 7, -3, 100])
     with jax.enable_x64(True):
-        got = layers.rotary(jnp.asarray(x), jnp.asarray(positions), 100.0)
+        got = rotary(jnp.asarray(x), jnp.asarray(positions), 100.0)
     frequency = 100.0 ** (-np.arange(3) / 3)
     turned = (x[..., :3] + 1j * x[..., 3:]) * np.exp(
         1j * positions[:, None, None] * frequency[None, None]
@@ -27,7 +28,7 @@ def test_rotary_products_depend_on_distance_only(rng, shift):
         positions = jnp.arange(8)[None]
 
         def products(positions):
-            rotate = lambda x: layers.rotary(x, positions, 1e4)  # noqa: E731
+            rotate = lambda x: rotary(x, positions, 1e4)  # noqa: E731
             return jnp.einsum("BLHK,BSHK->BHLS", rotate(q), rotate(k))
 
         np.testing.assert_allclose(products(positions + shift), products(positions), atol=1e-11)

@@ -17,10 +17,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Part
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator  # isort: skip
 
 from bmojo_jax import topologies
-from bmojo_jax.layers import rotary
 from pallas_kernels import Unsupported, dispatch, memory_attention
 from pallas_kernels.memory_attention import pallas_tpu
 from pallas_kernels.memory_attention.tpu_tiles import Stream, cut, whole
+from pallas_kernels.rotary import rotary
 from pallas_kernels.shapes import ATTENTION_CASES, AttentionShape
 from tests.pallas_kernels.test_memory_attention import (
     Arrays,

@@ -1,0 +1,1 @@
+"""Attention of new tokens to the keys that decoding caches. See `api.py`."""
