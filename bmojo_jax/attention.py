@@ -326,7 +326,10 @@ class Attention(nnx.Module):
 
             return jax.tree.map(choose, after, before)
 
-        after = jax.lax.cond(jnp.any(crosses_B), refresh, lambda before: before, before)
+        if piece.crosses is None:
+            after = jax.lax.cond(jnp.any(crosses_B), refresh, lambda before: before, before)
+        else:
+            after = refresh(before) if piece.crosses else before
         crossed_BL1 = (piece.time_BL >= border_B[:, None])[:, :, None]
         if length == 1:
             border_B = jnp.where(crosses_B, border_B, border_B - chunk)

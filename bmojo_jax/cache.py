@@ -31,6 +31,8 @@ class Piece(NamedTuple):
     time_B: Int[Array, " B"]  # of the first token
     positions_BL: Int[Array, "B L"]  # in the document
     length_B: Int[Array, " B"]  # how many of the L tokens are real
+    # Whether some row crosses a chunk's border, where that is known as the program is made.
+    crosses: bool | None = None
 
     @property
     def time_BL(self) -> Int[Array, "B L"]:

@@ -141,6 +141,11 @@ class ModelConfig:
         )
 
     @property
+    def remembers(self) -> bool:
+        """Whether some layer has an eidetic memory."""
+        return bool(self.eidetic_tokens) and any(block.mixer == "bmojo" for block in self.blocks)
+
+    @property
     def blocks(self) -> tuple[BlockSpec, ...]:
         """The blocks of one group; the model repeats the group `num_groups` times."""
         return parse_pattern(self.pattern)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bmojo_jax import memory
+from bmojo_jax import memory, operations
 from bmojo_jax.attention import Attention
 from bmojo_jax.bmojo import Bmojo
 from bmojo_jax.cache import Cache, Layers, Piece, longest_piece
@@ -212,10 +212,20 @@ class LanguageModel(nnx.Module):
             positions_BL = cache.position_B[:, None] + jnp.arange(length)[None, :]
         piece = Piece(cache.time_B, positions_BL, length_B)
 
-        def extended(x_BLD, block, before):
-            return block.extend(x_BLD, before, piece)
+        def extended(crosses: bool | None) -> tuple[Array, Layers]:
+            def step(x_BLD, block, before):
+                return block.extend(x_BLD, before, piece._replace(crosses=crosses))
 
-        x_BLD, layers = self._through(extended, tokens_BL, cache.layers)
+            return self._through(step, tokens_BL, cache.layers)
+
+        if length == 1 and self.config.remembers and operations.waits_at_branches():
+            # One branch of a step, not one of every layer; it takes twice as long to compile.
+            crosses_B = (piece.time_B % self.config.chunk == 0) & (length_B > 0)
+            x_BLD, layers = jax.lax.cond(
+                jnp.any(crosses_B), lambda: extended(True), lambda: extended(False)
+            )
+        else:
+            x_BLD, layers = extended(None)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
         position_B = jnp.take_along_axis(positions_BL, last_B1, axis=1)[:, 0] + 1
         position_B = jnp.where(length_B > 0, position_B, cache.position_B)

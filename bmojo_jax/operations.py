@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 import pallas_kernels
 from bmojo_jax import context, memory, sharding
 from bmojo_jax.sharding import BATCH, CONTEXT
+from pallas_kernels import dispatch
 from pallas_kernels.innovation.api import TAPS
 
 P = PartitionSpec
@@ -259,6 +260,11 @@ def memory_attention(
 
     outputs = _per_device(operation, ["o_BLHK", "lse_BLH"], arrays, pieces=pieces)
     return pallas_kernels.AttentionOutput(*outputs)
+
+
+def waits_at_branches() -> bool:
+    """Whether a branch costs time: for a GPU, XLA's host reads the condition before it goes on."""
+    return dispatch.platform() == "gpu"
 
 
 @jax.named_scope("cached_attention")

@@ -105,6 +105,27 @@ def test_kernels_decode_what_a_whole_pass_gives(rng, monkeypatch, family):
     np.testing.assert_allclose(jnp.concatenate(rows, 1), want, atol=1e-4)
 
 
+def test_a_branch_of_the_step_gives_what_branches_of_layers_give(rng, monkeypatch):
+    """Rows that cross a chunk's border together, apart, or not, and one that has stopped."""
+    config, params = build("bmojo_gate")
+    prompts = [rng.integers(0, 31, size=n).tolist() for n in (9, 11, 13)]
+    tokens = rng.integers(0, 31, size=(9, 3, 1))
+
+    def decode():
+        step = jax.jit(lambda *x: model.bind(config, params).extend(*x))
+        _, state = generate.begin(config, params, prompts, max_length=30)
+        rows = []
+        for t in range(9):
+            lengths_B = jnp.asarray([1, 1, int(t < 4)])
+            x_BLD, state = step(jnp.asarray(tokens[t]), state, lengths_B)
+            rows.append(jnp.where(lengths_B[:, None, None] > 0, x_BLD, 0))
+        return rows, state
+
+    want = decode()
+    monkeypatch.setattr(operations, "waits_at_branches", lambda: True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), decode(), want)
+
+
 def test_a_conversation_continues_where_it_stopped(rng):
     """A prompt in two prefills with a decoding step between them is one prompt."""
     config, params = build("bmojo")
