@@ -5,7 +5,8 @@
 
 Reads what `train.py` has left in each work directory: `config.json`, the last test of
 `metrics.jsonl` (rows of all numbers of pairs together) and, once a run has finished, `sweep.json`
-(each number of pairs by itself). Runs that differ in nothing but rates and seeds are one model.
+(each number of pairs by itself). Runs whose model, task, optimizer, data and steps differ in
+nothing but rates and seeds are one model.
 
 "Memory" is how many numbers a row leaves in all layers for what follows it: SSM states with the
 inputs of the convolution, keys and values in the window, of the fading stream, and remembered.
@@ -25,9 +26,17 @@ from bmojo_jax.config import ModelConfig, TrainConfig
 from bmojo_jax.evaluate import recall
 from bmojo_jax.settings import from_dict, to_dict
 
+# Settings that mean nothing where nothing is remembered.
+_OF_MEMORIES = ("chunk", "innovation_of")
+_OF_MEMORIES += tuple(name for name in to_dict(ModelConfig()) if name.startswith("eidetic_"))
+
 
 def memory(config: ModelConfig, length: int) -> dict[str, int]:
-    """Numbers that a row of `length` tokens leaves, of every kind, in all layers together."""
+    """Numbers that a row of `length` tokens leaves, of every kind, in all layers together.
+
+    At a chunk's border. Between two, B'MOJO holds besides the up to C - 1 tokens that wait to be
+    candidates, and at any time their innovations and the 4 states that predict the next one.
+    """
     token = 2 * config.num_kv_heads * config.head_width
     state = config.ssm_inner * (config.ssm_state + config.conv_taps - 1)
     total = {"states": 0, "window": 0, "fading": 0, "eidetic": 0}
@@ -53,7 +62,7 @@ def label(config: TrainConfig, others: list[TrainConfig]) -> str:
         for name, value in mine.items():
             if name in ("pattern", "rates", "seeds", "seed"):
                 continue
-            if name == "eidetic_tokens" and "bmojo" not in config.model.pattern.split(","):
+            if name in _OF_MEMORIES and not config.model.remembers:
                 continue
             if any(to_dict(getattr(other, section))[name] != value for other in others):
                 parts.append(f"{name}={value}")
@@ -170,7 +179,8 @@ def draw(models: list[dict[str, Any]], figure: Figure) -> None:
     for i, model in enumerate(models):
         color, rows = f"C{i}", at_best(model)
         size = sum(model["memory"].values())
-        most = [row["by_pairs"][pairs[-1]] for row in rows if row.get("by_pairs")]
+        last = [row.get("by_pairs", {}).get(pairs[-1]) for row in rows] if pairs else []
+        most = [share for share in last if share is not None]
         every = [row["accuracy"] for row in rows]
         by_memory.plot([size] * len(every), every, "o", color=color, label=model["label"])
         by_memory.plot([size] * len(most), most, "x", color=color)

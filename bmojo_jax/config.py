@@ -137,6 +137,12 @@ class ModelConfig:
             f"a divisor of model.num_heads={self.num_heads}",
         )
         require(
+            not self.eidetic_gate or self.eidetic_selection == "innovation",
+            "model.eidetic_gate",
+            self.eidetic_gate,
+            f"False with model.eidetic_selection={self.eidetic_selection!r}: it weighs innovations",
+        )
+        require(
             self.head_width % 2 == 0, "model.head_width", self.head_width, "even (rotary pairs)"
         )
 
@@ -144,6 +150,11 @@ class ModelConfig:
     def remembers(self) -> bool:
         """Whether some layer has an eidetic memory."""
         return bool(self.eidetic_tokens) and any(block.mixer == "bmojo" for block in self.blocks)
+
+    def reads_fading(self, mixer: str) -> bool:
+        """Whether f becomes keys and values in this mixer: behind the window, or remembered."""
+        remembered = mixer == "bmojo" and self.eidetic_tokens and self.eidetic_content == "fading"
+        return mixer in ("bmojo_f", "bmojo") and bool(self.fading_span or remembered)
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:

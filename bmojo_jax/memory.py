@@ -61,9 +61,10 @@ class Slots(NamedTuple):
 def order(
     positions_BL: Int[Array, "B L"], selection: Literal["random", "newest", "oldest"]
 ) -> Float[Array, "B L"]:
-    """What stands for innovations where these do not choose: above 0, of positions alone.
+    """What stands for innovations where these do not choose: above 0, of positions alone, float32.
 
-    "random" is one order of all positions, the same in every document, layer and run.
+    "random" is one order of all positions, the same in every document, layer and run: seeds do not
+    draw another one.
     """
     match selection:
         case "newest":
@@ -76,7 +77,7 @@ def order(
 
 
 def _scrambled(position: Array) -> Array:
-    return jax.random.bits(jax.random.fold_in(jax.random.key(0), position))
+    return jax.random.bits(jax.random.fold_in(jax.random.key(0), position), dtype=jnp.uint32)
 
 
 def keep_largest(

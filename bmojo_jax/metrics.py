@@ -100,7 +100,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
         if block.mixer != "mamba":
             entries += 2 * D * H * K + 2 * D * G * K
             keys = _mean_visible_keys(model, block.mixer, sequence_length)
-        if block.mixer in ("bmojo_f", "bmojo") and model.fading_span:
+        if model.reads_fading(block.mixer):
             entries += 2 * D * G * K
         if block.mlp:
             entries += 3 * D * model.mlp_width

@@ -78,7 +78,7 @@ def mixer_parameters(config: ModelConfig, mixer: str) -> int:
         return ssm
     if mixer in ("swa", "attention"):
         return attention
-    if config.fading_projections == "untied" and config.fading_span:
+    if config.fading_projections == "untied" and config.reads_fading(mixer):
         attention += 2 * width * head * config.num_kv_heads
     gate = mixer == "bmojo" and config.eidetic_gate and config.eidetic_tokens
     return ssm + attention + width * config.fading_norm + (config.num_heads if gate else 0)

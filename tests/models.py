@@ -41,7 +41,12 @@ FAMILIES = {
     "bmojo_untied": {"fading_projections": "untied"},
     "bmojo_innovation_of_input": {"innovation_of": "input"},
     "bmojo_newest": {"eidetic_selection": "newest"},
-    "bmojo_random_fading": {"eidetic_selection": "random", "eidetic_content": "fading"},
+    "bmojo_random_fading": {
+        "eidetic_selection": "random",
+        "eidetic_content": "fading",
+        "fading_window": 1,
+        "chunk": 9,
+    },
     "bmojo_memory_of_fading_alone": {"eidetic_content": "fading", "fading_window": 0},
     "bmojo_no_fading": {"fading_window": 0},
     "bmojo_long_chunk": {"chunk": 9, "window": 3, "fading_window": 6, "eidetic_tokens": 2},

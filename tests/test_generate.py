@@ -111,19 +111,21 @@ def test_a_branch_of_the_step_gives_what_branches_of_layers_give(rng, monkeypatc
     prompts = [rng.integers(0, 31, size=n).tolist() for n in (9, 11, 13)]
     tokens = rng.integers(0, 31, size=(9, 3, 1))
 
-    def decode():
+    def decode(branches):
         step = jax.jit(lambda *x: model.bind(config, params).extend(*x))
         _, state = generate.begin(config, params, prompts, max_length=30)
+        traced = step.trace(jnp.asarray(tokens[0]), state, jnp.ones(3, jnp.int32))
+        assert str(traced.jaxpr).count(" cond[") == branches
         rows = []
         for t in range(9):
-            lengths_B = jnp.asarray([1, 1, int(t < 4)])
+            lengths_B = jnp.asarray([1, 1, int(t < 3)])  # the third stops at a border, 16
             x_BLD, state = step(jnp.asarray(tokens[t]), state, lengths_B)
             rows.append(jnp.where(lengths_B[:, None, None] > 0, x_BLD, 0))
         return rows, state
 
-    want = decode()
+    want = decode(config.depth)
     monkeypatch.setattr(operations, "waits_at_branches", lambda: True)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), decode(), want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), decode(1), want)
 
 
 def test_a_conversation_continues_where_it_stopped(rng):

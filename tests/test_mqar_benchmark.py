@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import mqar
 from bmojo_jax import cache, sweep
@@ -96,6 +97,26 @@ def test_settings_that_differ_are_named():
     assert mqar.label(base, every) == f"bmojo, eidetic_tokens={size}, filler=random"
     assert mqar.label(fewer, every) == "bmojo, eidetic_tokens=1, filler=random"
     assert mqar.label(other, every) == "mamba, filler=zero"
+    pattern = {"pattern": "bmojo+mlp", "chunk": 3}
+    other = tiny_sweep(model={**pattern, "eidetic_selection": "newest"})
+    every = [tiny_sweep(model=pattern), other, tiny_sweep(model={"pattern": "mamba"})]
+    assert [mqar.label(config, every) for config in every] == [
+        "bmojo+mlp, chunk=3, eidetic_selection=innovation",
+        "bmojo+mlp, chunk=3, eidetic_selection=newest",
+        "mamba",
+    ]
+
+
+def test_models_with_other_numbers_of_pairs_are_drawn(runs):
+    """Of the greatest number of pairs there is nothing of some."""
+    models = mqar.read([runs / "swa-0", runs / "mamba"])
+    for row in models[1]["replicas"]:
+        del row["by_pairs"]["4"]
+    figure = Figure()
+    mqar.draw(models, figure)
+    crosses = [line for line in figure.axes[0].get_lines() if line.get_marker() == "x"]
+    assert sum(len(line.get_xdata()) for line in crosses) == 1
+    assert mqar.table(models)[-1].count("| - ") == 1
 
 
 def test_what_is_refused(runs, tmp_path):

@@ -60,6 +60,7 @@ def test_widths_are_those_of_the_ladder():
         {"eidetic_gate": True, "fading_projections": "untied", "tie_embeddings": False},
         {"ssm_norm": False, "fading_norm": False, "qk_norm": False, "conv_taps": 3},
         {"fading_window": 0, "fading_projections": "untied"},
+        {"fading_window": 0, "fading_projections": "untied", "eidetic_content": "fading"},
         {"eidetic_tokens": 0, "eidetic_gate": True},
     ],
 )

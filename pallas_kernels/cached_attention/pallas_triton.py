@@ -30,8 +30,8 @@ from pallas_kernels.dispatch import Unsupported
 if TYPE_CHECKING:
     from pallas_kernels.cached_attention.api import KeyStream
 
-# Keys of a block; a program takes more than one block where there would be more programs than this;
-# parts that are joined at a time; rows of the smallest tile that tensor cores multiply.
+# Keys of a block; a program takes more than one block where a stream would have more programs than
+# this; parts that are joined at a time; rows of the smallest tile that tensor cores multiply.
 _BLOCK, _PROGRAMS, _JOINED, _LEAST_ROWS = 64, 1024, 16, 16
 _DTYPES = (jnp.float32, jnp.bfloat16)
 _LEAST = -1e30  # a logit, in units of log 2, of what nobody sees
@@ -72,7 +72,7 @@ def cached_attention(q_BLHK: Array, streams: "list[KeyStream]", theta: float) ->
         "compiler_params": plgpu.CompilerParams(num_warps=4, num_stages=1),
         "interpret": dispatch.interpreted("gpu"),
     }
-    by_part = (B, G, _rows(H // G), starts[-1])
+    by_part = (B, G, H // G, starts[-1])
     by_parts = pl.pallas_call(
         functools.partial(
             _parts_kernel,
@@ -101,8 +101,8 @@ def cached_attention(q_BLHK: Array, streams: "list[KeyStream]", theta: float) ->
 
 
 def _frequencies(K: int, theta: float) -> Array:
-    """[K / 2], int32, in 2^-32 turns per position: products with positions are exact, whole turns
-    overflow."""
+    """[K / 2], int32, in 2^-32 turns per position, rounded; products with positions are exact but
+    for whole turns, which overflow."""
     turns = theta ** (-2 * np.arange(K // 2) / K) / (2 * math.pi)
     return jnp.asarray(np.round(turns * 2**32).astype(np.int64).astype(np.int32))
 
@@ -206,9 +206,11 @@ def _parts_kernel(
         return lax.cond(part < starts[i + 1], lambda: go_over(i), lambda: from_stream(i + 1))
 
     most, total, o = from_stream(0)
-    plgpu.store(most_ref.at[b, g, row, part], most)
-    plgpu.store(sum_ref.at[b, g, row, part], total)
-    plgpu.store(o_ref.at[b, g, row[:, None], part, jnp.arange(K)[None]], o)
+    real = row < group
+    plgpu.store(most_ref.at[b, g, row, part], most, mask=real)
+    plgpu.store(sum_ref.at[b, g, row, part], total, mask=real)
+    mask = jnp.broadcast_to(real[:, None], (rows, K))
+    plgpu.store(o_ref.at[b, g, row[:, None], part, jnp.arange(K)[None]], o, mask=mask)
 
 
 def _join_kernel(most_ref: Any, sum_ref: Any, parts_ref: Any, o_ref: Any, *, group: int) -> None:
