@@ -116,7 +116,9 @@ def test_models_with_other_numbers_of_pairs_are_drawn(runs):
     mqar.draw(models, figure)
     crosses = [line for line in figure.axes[0].get_lines() if line.get_marker() == "x"]
     assert sum(len(line.get_xdata()) for line in crosses) == 1
-    assert mqar.table(models)[-1].count("| - ") == 1
+    # Some distances do not occur in rows so short, in either.
+    *_, whole, partly = mqar.table(models)
+    assert partly.count("| - ") == whole.count("| - ") + 1
 
 
 def test_what_is_refused(runs, tmp_path):
