@@ -16,7 +16,7 @@ the gradients of b and c, are rounded to bfloat16, and so is each program's sum 
 at random over programs); otherwise products are as exact as float32 (`triton_lanes.py`). Saved for
 the backward pass beyond the inputs: the float32 states before chunks of 64 steps, one byte per
 element at N = 16. Deterministic: the gradients of b and c are summed over the channels of a program
-in its kernel and over programs by XLA in float32, always in the same order.
+in its kernel and over programs in float32 in another (`triton_sums.py`), always in the same order.
 
 What is padded, and copied where it does not fit: L to whole chunks (steps with dt = 0), E to the
 channels of a program, N to 16, 32 or 64 (states that stay 0).
@@ -83,6 +83,7 @@ from pallas_kernels.selective_scan.triton_lanes import (
     Lanes,
 )
 from pallas_kernels.selective_scan.triton_place import Plan
+from pallas_kernels.selective_scan.triton_sums import Terms, sums
 
 OP = "selective_scan/pallas_triton"
 # Warps of a program, groups of 4 steps of a trip, segments of L; steps of a chunk.
@@ -175,7 +176,8 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
         "dx_BLE": jax.ShapeDtypeStruct(inputs["x_BLE"].shape, operands.x_BLE.dtype),
         "ddt_BLE": jax.ShapeDtypeStruct(inputs["x_BLE"].shape, operands.dt_BLE.dtype),
         "da_BEN": f32((rows, channels, states)),
-        "dd_and_ddt_bias": f32((rows, channels, 2)),
+        "dd_BE": f32((rows, channels)),
+        "ddt_bias_BE": f32((rows, channels)),
         # Of c and b; one group more, of which nothing is meant.
         "dbc": jax.ShapeDtypeStruct(
             (2, programs, rows, plan.L + STEPS, states),
@@ -192,18 +194,28 @@ def backward(residuals: Any, d_out: ScanOutput, blocks: Mapping[str, int]) -> Op
     def whole(v: Array) -> Array:
         return v.reshape(B, steps, *v.shape[2:])[:, :L]
 
-    # Each sum by itself, as XLA would copy slices of their common sum.
-    dc_BLN, db_BLN = (v[:, :, : plan.L].astype(jnp.float32).sum(0) for v in out["dbc"])
-    dd_E, ddt_bias_E = out["dd_and_ddt_bias"].sum(0)[:E].T
+    # The kernel's results are read as they lie: slices of them would be copies.
+    of_step = out["dbc"].reshape(2 * programs, rows, -1)
+    total = sums(
+        {
+            "c": Terms(of_step, 0, programs, plan.L * states, operands.c_BLN.dtype),
+            "b": Terms(of_step, programs, programs, plan.L * states, operands.b_BLN.dtype),
+            "a": Terms(out["da_BEN"].reshape(rows, 1, -1), 0, rows, channels * states),
+            "d": Terms(out["dd_BE"].reshape(rows, 1, -1), 0, rows, channels),
+            "dt_bias": Terms(out["ddt_bias_BE"].reshape(rows, 1, -1), 0, rows, channels),
+        },
+        interpret=plan.lanes.interpret,
+    )
+    db_BLN, dc_BLN = (total[name].reshape(rows, plan.L, states) for name in "bc")
     gradients = Operands(
         x_BLE=whole(out["dx_BLE"])[:, :, :E],
         dt_BLE=whole(out["ddt_BLE"])[:, :, :E],
-        a_EN=out["da_BEN"].sum(0)[:E, :N],
+        a_EN=total["a"].reshape(channels, states)[:E, :N],
         b_BLN=whole(db_BLN)[:, :, :N],
         c_BLN=whole(dc_BLN)[:, :, :N],
-        d_E=dd_E,
+        d_E=total["d"][0, :E],
         z_BLE=None if operands.z_BLE is None else whole(out["dz_BLE"])[:, :, :E],
-        dt_bias_E=ddt_bias_E,
+        dt_bias_E=total["dt_bias"][0, :E],
         reset_BL=None,
         h0_BEN=out["dh0_BEN"][:, :E, :N],
     )

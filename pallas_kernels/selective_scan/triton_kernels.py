@@ -328,8 +328,8 @@ def backward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan) -> None:
     dh, da, dd, dbias = lax.fori_loop(0, chunks, chunk_backward, start)
     place.store_sums(place.load_shares(jnp.int32(0)), jnp.int32(0))
     place.store_states("da_BEN", da)
-    place.put_sum("dd_and_ddt_bias", dd, 0)
-    place.put_sum("dd_and_ddt_bias", dbias, 1)
+    place.put_sum("dd_BE", dd)
+    place.put_sum("ddt_bias_BE", dbias)
     first_row = pl.program_id(0)
 
     @pl.when(pl.program_id(2) == 0)

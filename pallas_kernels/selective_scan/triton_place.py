@@ -118,11 +118,11 @@ class Place:
         """[T] int32: zeros, of which the compiler knows nothing before it has v."""
         return lax.bitcast_convert_type(v, jnp.int32) & (self.one - 1)
 
-    def put_sum(self, name: str, value: Array, *index: int) -> None:
+    def put_sum(self, name: str, value: Array) -> None:
         """Writes the sums over all steps of [T] sums over groups; all lanes of a channel do."""
         of_step = [self.plan.lanes.of_step(value, step) for step in range(STEPS)]
         total = (of_step[0] + of_step[1]) + (of_step[2] + of_step[3])
-        plgpu.store(self.ref[name].at[self.row, self.channel, *index], total)
+        plgpu.store(self.ref[name].at[self.row, self.channel], total)
 
     def load_states(self, name: str, *index: Array) -> list[Array]:
         """[T, 4] of each set, of [B, ..., E, N]."""

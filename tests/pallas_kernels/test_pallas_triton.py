@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -15,6 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from pallas_kernels import Unsupported
 from pallas_kernels.selective_scan import pallas_triton
 from pallas_kernels.selective_scan.operands import Operands, ScanOutput
+from pallas_kernels.selective_scan.triton_sums import Terms, sums
 from pallas_kernels.shapes import SCAN_CASES, ScanShape
 from tests.pallas_kernels.test_selective_scan import draw, expected, outputs_and_gradients, run
 from tests.tolerances import relative_rms
@@ -74,8 +76,32 @@ def test_every_number_of_states_lowers(N: int, dtype: str) -> None:
 
     with jax.sharding.use_abstract_mesh(GPU):
         lowered = jax.jit(both).trace(abstract(shape, dtype)).lower(lowering_platforms=("cuda",))
-    # So few channels are cut into segments: the states before them, and the gradients after.
-    assert lowered.as_text().count(f"@{KERNEL}") == 4
+    # So few channels are cut into segments: the states before them, and the gradients after; and
+    # the sums over programs.
+    assert lowered.as_text().count(f"@{KERNEL}") == 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_over_programs(rng: np.random.Generator, dtype: str) -> None:
+    """Of some terms of an array and of all of another, as many as are several steps of a program;
+    nothing of the columns that are not wanted, whatever they are."""
+    values = rng.normal(size=(300, 2, 100)).astype(np.float32)
+    values[:, :, 72:] = np.nan
+    few = rng.normal(size=(1, 1, 9000)).astype(np.float32)
+    got = sums(
+        {
+            "early": Terms(jnp.asarray(values), 0, 131, 72, jnp.dtype(dtype)),
+            "late": Terms(jnp.asarray(values), 131, 169, 72, jnp.dtype(dtype)),
+            "few": Terms(jnp.asarray(few), 0, 1, 9000),
+        },
+        interpret=True,
+    )
+    limit = 1e-6 if dtype == "float32" else 4e-3
+    for name, terms in {"early": values[:131], "late": values[131:]}.items():
+        assert got[name].dtype == dtype
+        want = terms[:, :, :72].astype(np.float64).sum(0)
+        assert relative_rms(np.asarray(got[name], np.float64), want) < limit
+    np.testing.assert_array_equal(got["few"], few[0])
 
 
 @pytest.mark.parametrize(
