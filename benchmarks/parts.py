@@ -183,40 +183,42 @@ def measure(
       speeds: None: without a floor, that of a whole.
       checked: whether there is memory and time for float32.
     """
-    part = make(implementation, 0)
-    kinds = [kind for kind in kinds if kind in part.kinds]
-    defined = make("xla", 0) if checked and part.exact is None else part
-    programs = {kind: _Checked(part, defined, kind) for kind in kinds}
-    wanted = 2 if checked and part.exact is None else 1
-    lower = [one for program in programs.values() for one in program.lower()[:wanted]]
-    failures = dict(zip(kinds, timing.compile_all(lower)[::wanted], strict=True))
-    rows: list[dict[str, Any]] = []
-    for kind, program in programs.items():
-        row: dict[str, Any] = {"kind": kind}
-        if speeds is not None:
-            row["floor_ms"] = 1e3 * speeds.floor(part, kind)
-        if (failure := failures[kind]) is not None:
-            row["wrong"] = scan_accuracy.in_short(failure)
-        elif checked:
-            row["errors"] = program.errors()
-            limit = LIMIT if part.exact is None else 0
-            if not max(row["errors"].values()) <= limit:
-                row["wrong"] = f"errors above {limit}: {row['errors']}"
-        rows.append(row)
-    right = [row for row in rows if "wrong" not in row]
-    sets = timing.number_of_sets(timing.nbytes((part.inputs, part.constants)))
-    drawn = [part, *(make(implementation, seed) for seed in range(1, sets))] if right else []
-    jobs = {
-        row["kind"]: timing.Job(
-            programs[row["kind"]].run,
-            [_arguments(one, row["kind"], seed) for seed, one in enumerate(drawn)],
-        )
-        for row in right
-    }
-    times = timing.measure(jobs, samples=samples)
-    for row in right:
-        row |= times[row["kind"]].record()
-    return rows
+    with timing.compiling():
+        part = make(implementation, 0)
+        kinds = [kind for kind in kinds if kind in part.kinds]
+        defined = make("xla", 0) if checked and part.exact is None else part
+        programs = {kind: _Checked(part, defined, kind) for kind in kinds}
+        wanted = 2 if checked and part.exact is None else 1
+        lower = [one for program in programs.values() for one in program.lower()[:wanted]]
+        failures = dict(zip(kinds, timing.compile_all(lower)[::wanted], strict=True))
+    with timing.turn():
+        rows: list[dict[str, Any]] = []
+        for kind, program in programs.items():
+            row: dict[str, Any] = {"kind": kind}
+            if speeds is not None:
+                row["floor_ms"] = 1e3 * speeds.floor(part, kind)
+            if (failure := failures[kind]) is not None:
+                row["wrong"] = scan_accuracy.in_short(failure)
+            elif checked:
+                row["errors"] = program.errors()
+                limit = LIMIT if part.exact is None else 0
+                if not max(row["errors"].values()) <= limit:
+                    row["wrong"] = f"errors above {limit}: {row['errors']}"
+            rows.append(row)
+        right = [row for row in rows if "wrong" not in row]
+        sets = timing.number_of_sets(timing.nbytes((part.inputs, part.constants)))
+        drawn = [part, *(make(implementation, seed) for seed in range(1, sets))] if right else []
+        jobs = {
+            row["kind"]: timing.Job(
+                programs[row["kind"]].run,
+                [_arguments(one, row["kind"], seed) for seed, one in enumerate(drawn)],
+            )
+            for row in right
+        }
+        times = timing.measure(jobs, samples=samples)
+        for row in right:
+            row |= times[row["kind"]].record()
+        return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

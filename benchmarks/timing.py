@@ -143,7 +143,9 @@ def turn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Not while another process measures: compilers of GPU programs try them out on the device."""
+    """Not while another process measures: compilers of GPU programs try them out on the device.
+
+    Whatever else a benchmark runs there belongs into this or into its turn."""
     if _turns:
         yield
         return
