@@ -131,11 +131,19 @@ def _at(x_BL: Array, time_BT: Int[Array, "B T"]) -> Array:
 
 
 def write(buffer_BR: Array, new_BL: Array, piece: Piece) -> Array:
-    """Puts the real tokens of new_BL[B, L, ...] into their slots of a ring [B, R, ...]."""
-    capacity = buffer_BR.shape[1]
-    slot_BL = jnp.where(piece.real_BL, piece.time_BL % capacity, capacity)
+    """Puts the real tokens of new_BL[B, L, ...] into their slots of a ring [B, R, ...], L <= R.
+
+    What is not real writes what lies there. Dropping it as out of range is not safe: where scatters
+    are to be deterministic XLA for GPUs takes the slot behind a row for the first of the next
+    (JAX 0.11)."""
+    slot_BL = piece.time_BL % buffer_BR.shape[1]
+    real, slot = (
+        v.reshape(*slot_BL.shape, *(1,) * (new_BL.ndim - 2)) for v in (piece.real_BL, slot_BL)
+    )
+    old_BL = jnp.take_along_axis(buffer_BR, slot, axis=1, mode="promise_in_bounds")
+    new_BL = jnp.where(real, new_BL.astype(buffer_BR.dtype), old_BL)
     row_B1 = jnp.arange(buffer_BR.shape[0])[:, None]
-    return buffer_BR.at[row_B1, slot_BL].set(new_BL.astype(buffer_BR.dtype), mode="drop")
+    return buffer_BR.at[row_B1, slot_BL].set(new_BL, mode="promise_in_bounds", unique_indices=True)
 
 
 def write_keys(ring: KeyRing, k_BLGK: Array, v_BLGK: Array, piece: Piece) -> KeyRing:

@@ -213,12 +213,13 @@ _recall.defvjp(_recall_forward, _recall_backward)
 
 
 def _sums_by_scatter(time_BZM: Array, d_kept: Array, *, length: int) -> Array:
-    wide = d_kept.astype(at_least_float32(d_kept.dtype))
+    # Empty slots, whose time is -1, add nothing.
+    some = (time_BZM >= 0).reshape(*time_BZM.shape, *(1,) * (d_kept.ndim - 3))
+    wide = jnp.where(some, d_kept, 0).astype(at_least_float32(d_kept.dtype))
     flat = wide.reshape(wide.shape[0], -1, *wide.shape[3:])
-    # Empty slots are out of range, and left out.
-    time = jnp.where(time_BZM >= 0, time_BZM, length).reshape(flat.shape[:2])
+    time = jnp.maximum(time_BZM, 0).reshape(flat.shape[:2])
     zeros = jnp.zeros((length, *flat.shape[2:]), wide.dtype)
-    sums = jax.vmap(lambda time, d: zeros.at[time].add(d, mode="drop"))(time, flat)
+    sums = jax.vmap(lambda time, d: zeros.at[time].add(d, mode="promise_in_bounds"))(time, flat)
     return sums.astype(d_kept.dtype)
 
 

@@ -146,16 +146,15 @@ def fuzzy(key: Array, *, vocab_size: int, length: int, shortest_key: int) -> Exa
     end_P = jnp.cumsum(size_P)
     start_P = length - end_P[-1] + end_P - size_P
 
-    def write(row_L: Array, start_P: Array, size_P: Array, what_P3: Array) -> Array:
-        inside_P3 = (place_3[None, :] < size_P[:, None]) & there_P[:, None]
-        places_P3 = jnp.where(inside_P3, start_P[:, None] + place_3[None, :], length)
-        return row_L.at[places_P3].set(what_P3, mode="drop")
-
-    tokens_L = jnp.full((length,), pad)
-    tokens_L = write(tokens_L, start_P, key_size_P, keys_P3[source_P])
-    tokens_L = write(tokens_L, start_P + key_size_P, value_size_P, values_P3[source_P])
-    scored_P3 = jnp.broadcast_to(seen_P[:, None], (count, MOTIF))
-    scored_L = write(jnp.zeros((length,), bool), start_P + key_size_P, value_size_P, scored_P3)
+    # Of every place the pair that is there, and how far it is in it; before the first one nothing.
+    place_L = jnp.arange(length)
+    pair_L = jnp.searchsorted(start_P, place_L, side="right", method="compare_all") - 1
+    inside_L = place_L - start_P[pair_L]
+    in_value_L = inside_L - key_size_P[pair_L]
+    key_L = keys_P3[source_P[pair_L], jnp.minimum(inside_L, MOTIF - 1)]
+    value_L = values_P3[source_P[pair_L], jnp.clip(in_value_L, 0, MOTIF - 1)]
+    tokens_L = jnp.where(pair_L < 0, pad, jnp.where(in_value_L < 0, key_L, value_L))
+    scored_L = (pair_L >= 0) & (in_value_L >= 0) & seen_P[pair_L]
     return _next_token(tokens_L, scored_L)
 
 
