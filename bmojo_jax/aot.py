@@ -89,13 +89,14 @@ def compile_step(config: TrainConfig, topology: str) -> tuple[Any, trainer.Progr
 def report(config: TrainConfig, topology: str) -> dict[str, Any]:
     """What the step needs and about how long it takes; a tree of numbers and names.
 
-    Raises as `compile_step` does.
+    Raises as `compile_step` does, and ValueError for chips without figures in CHIPS.
     """
+    if (kind := topologies.devices(topology)[0].device_kind) not in CHIPS:
+        raise ValueError(f"{topology=} has chips of {kind}; it must be one of {', '.join(CHIPS)}")
     start = time.monotonic()
     compiled, program = compile_step(config, topology)
     seconds = time.monotonic() - start
     mesh = program.mesh
-    kind = mesh.devices.flat[0].device_kind
     chip = CHIPS[kind]
     text = compiled.as_text()
     stats = compiled.memory_analysis()

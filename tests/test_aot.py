@@ -74,6 +74,7 @@ def test_kernels_run_on_a_cut_row():
     ("arguments", "message"),
     [
         (("--topology=v5e:3x3",), "aot.py: topology='v5e:3x3' must be like v5e:2x2"),
+        (("--topology=v3:2x2",), r"aot.py: topology='v3:2x2' has chips of TPU v3; .* TPU v4"),
         (("--topology=v5e:2x2", "--config.mesh.fsdp=3"), "aot.py: .*mesh.fsdp=3.*devices, 4"),
         (("--topology=v5e:2x2", "--config.data.batch_size=6"), "aot.py: data.batch_size"),
     ],
