@@ -14,8 +14,10 @@ time t is of the query's document when t >= start.
     full attention:           R = the greatest length
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -241,6 +243,13 @@ def empty_cache(config: ModelConfig, batch: int, *, max_length: int) -> Cache:
     """
     if batch < 1 or max_length < 1:
         raise ValueError(f"{batch=} and {max_length=} must be positive")
+    grows = any(block.mixer == "attention" for block in config.blocks)
+    return _empty(config, batch, max_length if grows else 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(config: ModelConfig, batch: int, max_length: int) -> Cache:
+    """One program: hundreds of arrays, made one by one, take longer than a prompt's pass."""
     return Cache(
         time_B=jnp.zeros((batch,), jnp.int32),
         position_B=jnp.zeros((batch,), jnp.int32),

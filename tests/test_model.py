@@ -514,8 +514,15 @@ def test_statistics_are_shares_and_ages(rng):
 
 
 def test_cache_is_constant_but_for_full_attention():
+    """And made by one program, which serves every length where it is constant."""
     for family, changes in FAMILIES.items():
         config = small_config(**changes, compute_dtype="float32")
+        programs = [
+            jax.make_jaxpr(lambda n=n, config=config: cache.empty_cache(config, 1, max_length=n))()
+            for n in (64, 4096)
+        ]
+        assert all(len(program.eqns) == 1 for program in programs)
+        assert (str(programs[0]) == str(programs[1])) == (family != "transformer")
         sizes = [
             sum(leaf.nbytes for leaf in jax.tree.leaves(cache.empty_cache(config, 1, max_length=n)))
             for n in (64, 4096)
