@@ -2,8 +2,8 @@
 
 In order: the projections of u and f to queries, keys and values; QK-norm and rotary positions
 ("norms" and "rotary" are those two apart); the innovation of f; the selection of what every chunk
-remembers; the gathers of its keys and values, with the keys' rotation to their slots; the attention
-itself; the output projection. "mixer" is all of it, given u and the fading stream f.
+remembers; the gathers of its keys and values, with the keys' norm and rotation to their slots; the
+attention itself; the output projection. "mixer" is all of it, given u and the fading stream f.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from bmojo_jax import memory
 from bmojo_jax.attention import Attention
 from bmojo_jax.config import ModelConfig
 from bmojo_jax.layers import Documents
-from pallas_kernels import innovation, memory_attention
+from pallas_kernels import innovation, memory_attention, norm_rotary
 from pallas_kernels.rotary import rotary
 from pallas_kernels.shapes import AttentionShape
 
@@ -121,13 +121,23 @@ def parts_of(config: ModelConfig, *, batch: int, length: int) -> dict[str, MakeP
 
     def norms_and_rotary(implementation: str | None, seed: int) -> Part:
         normal, module = drawn(seed), attention(implementation, seed)
+        # Other implementations are the attention's.
+        chosen = "xla" if implementation == "xla" else None
 
         def run(norms: Any, q: Any, k: Any, fading_k: Any, positions_BL: Any) -> Arrays:
+            def placed(x: jax.Array, norm: Any) -> jax.Array:
+                return norm_rotary(
+                    x,
+                    norm.scale[...],
+                    positions_BL,
+                    theta=config.rope_theta,
+                    eps=config.norm_eps,
+                    implementation=chosen,
+                )
+
             q_norm, k_norm = norms
-            k = k_norm(k)
-            out = {"q": rotate(q_norm(q), positions_BL), "k": rotate(k, positions_BL)}
-            out["fading_k"] = rotate(k_norm(fading_k), positions_BL)
-            return out | ({"stored_k": k} if M else {})
+            out = {"q": placed(q, q_norm), "k": placed(k, k_norm)}
+            return out | {"fading_k": placed(fading_k, k_norm)}
 
         inputs = (normal(L, H, K), normal(L, G, K), normal(L, G, K))
         modules = (module.q_norm, module.k_norm)
@@ -164,22 +174,22 @@ def parts_of(config: ModelConfig, *, batch: int, length: int) -> dict[str, MakeP
         return Part(run, innovations(seed), starts, kinds=FORWARD, exact=exact)
 
     def gathers(implementation: str | None, seed: int) -> Part:
-        normal = drawn(seed)
+        normal, module = drawn(seed), attention(implementation, seed)
         chosen = select(innovations(seed), jnp.zeros((B, L), jnp.int32))
 
-        def run(inputs: Arrays, constants: Any) -> Arrays:
-            chosen, positions_BL = constants
-            kept = memory.recall(inputs, chosen)
+        def run(k_norm: Any, k_BLGK: Any, v_BLGK: Any, chosen: Any, positions_BL: Any) -> Arrays:
+            kept = memory.recall({"k_BLGK": k_BLGK, "v_BLGK": v_BLGK}, chosen)
             slots_BZM = memory.slot_positions(
                 positions_BL[:, ::C], window=W, fading_window=config.fading_span, size=M
             )
-            return kept | {"k_BLGK": rotate(kept["k_BLGK"], slots_BZM)}
+            return kept | {"k_BLGK": rotate(k_norm(kept["k_BLGK"]), slots_BZM)}
 
-        inputs = {"k_BLGK": normal(L, G, K), "v_BLGK": normal(L, G, K)}
-        kept = 2 * B * Z * M * G * K * inputs["k_BLGK"].dtype.itemsize
+        inputs = (normal(L, G, K), normal(L, G, K))
+        kept = 2 * B * Z * M * G * K * inputs[0].dtype.itemsize
         # Read and written are the rows that are kept; gradients have a row for every token.
         least = {"forward": 2 * kept, "forward_backward": 3 * kept + timing.nbytes(inputs)}
-        return Part(run, inputs, (chosen, positions()), least_bytes=least)
+        constants = (chosen, positions())
+        return of_modules(module.k_norm, run, *inputs, constants=constants, least_bytes=least)
 
     def attend(implementation: str | None, seed: int) -> Part:
         normal = drawn(seed)

@@ -41,7 +41,9 @@ INNOVATION_FLOOR = 1e-6
 
 
 class Seen(NamedTuple):
-    """Keys, normed and not rotated, and values of a whole pass; streams it does not have: None."""
+    """Keys, neither normed nor rotated, and values of a whole pass; streams it does not have: None.
+
+    What is kept has its keys normed."""
 
     window: tuple[Array, Array]
     fading: tuple[Array, Array] | None
@@ -90,23 +92,27 @@ class Attention(nnx.Module):
             self.eidetic_gate = nnx.Param(jnp.zeros((heads,), jnp.float32))
         self.o_proj = Projection((heads, head), (width,), scale=output_scale, rngs=rngs)
 
-    def queries(self, u_BLD: Array) -> Array:
-        """q_BLHK, normed and not yet rotated."""
-        q_BLHK = self.q_proj(u_BLD)
-        return self.q_norm(q_BLHK) if self.config.qk_norm else q_BLHK
-
     def keys_values(self, u_BLD: Array) -> tuple[Array, Array]:
-        """In-context k_BLGK, v_BLGK; k is normed and not yet rotated: what the memory stores."""
-        return self._normed(self.k_proj(u_BLD)), self.v_proj(u_BLD)
+        """In-context k_BLGK, v_BLGK; k is not yet normed and rotated."""
+        return self.k_proj(u_BLD), self.v_proj(u_BLD)
 
     def fading_keys_values(self, f_BLD: Array) -> tuple[Array, Array]:
         """The same of the fading stream."""
         if self.config.fading_projections == "tied":
             return self.keys_values(f_BLD)
-        return self._normed(self.fading_k_proj(f_BLD)), self.fading_v_proj(f_BLD)
+        return self.fading_k_proj(f_BLD), self.fading_v_proj(f_BLD)
 
-    def _normed(self, k_BLGK):
-        return self.k_norm(k_BLGK) if self.config.qk_norm else k_BLGK
+    def _normed(self, k: Array) -> Array:
+        """What caches and the memory store: keys that are not rotated."""
+        return self.k_norm(k) if self.config.qk_norm else k
+
+    def placed(self, x_BLHK: Array, norm: str, positions_BL: Array) -> Array:
+        """Queries or keys as attention takes them: normed by `q_norm` or `k_norm`, and rotated."""
+        config = self.config
+        scale_K = getattr(self, norm).scale[...] if config.qk_norm else None
+        return operations.norm_rotary(
+            x_BLHK, scale_K, positions_BL, theta=config.rope_theta, eps=config.norm_eps
+        )
 
     def rotate(self, x: Array, positions: Array) -> Array:
         return rotary(x, positions, self.config.rope_theta)
@@ -173,9 +179,8 @@ class Attention(nnx.Module):
         o_BLHK = operations.memory_attention(*qkv, **streams, **shared).o_BLHK
 
         def ring(keys_values: tuple[Array, Array], like: KeyRing) -> KeyRing:
-            return KeyRing(
-                *(ring_of(x, length_B, v) for x, v in zip(keys_values, like, strict=True))
-            )
+            k, v = (ring_of(x, length_B, v) for x, v in zip(keys_values, like, strict=True))
+            return KeyRing(self._normed(k), v)
 
         fading = eidetic = None
         if empty.fading is not None:
@@ -190,7 +195,7 @@ class Attention(nnx.Module):
     def _streams(self, u_BLD, documents: Documents, f_BLD, e_BL):
         """What `memory_attention` takes: q, k and v; the other streams; the rest. And `Seen`."""
         positions_BL = documents.positions_BL
-        q_BLHK = self.rotate(self.queries(u_BLD), positions_BL)
+        q_BLHK = self.placed(self.q_proj(u_BLD), "q_norm", positions_BL)
         k_BLGK, v_BLGK = self.keys_values(u_BLD)
         streams: dict[str, Any] = {}
         kept = fading = None
@@ -206,7 +211,7 @@ class Attention(nnx.Module):
         if self.fading_window:
             assert fading is not None
             streams |= {
-                "fading_k_BLGK": self.rotate(fading[0], positions_BL),
+                "fading_k_BLGK": self.placed(fading[0], "k_norm", positions_BL),
                 "fading_v_BLGK": fading[1],
                 "fading_window": self.fading_window,
             }
@@ -215,7 +220,7 @@ class Attention(nnx.Module):
             "segment_ids_BL": documents.segment_ids_BL,
             "implementation": self.config.attention_implementation,
         }
-        qkv = (q_BLHK, self.rotate(k_BLGK, positions_BL), v_BLGK)
+        qkv = (q_BLHK, self.placed(k_BLGK, "k_norm", positions_BL), v_BLGK)
         return qkv, streams, shared, Seen((k_BLGK, v_BLGK), fading, kept)
 
     def _first_memory(
@@ -256,11 +261,13 @@ class Attention(nnx.Module):
         time_BL = piece.time_BL[:, :, None]
         start_BL = piece.start_BL[:, :, None]
         zero_B1 = piece.time_B[:, None]
-        q_BLHK = self.rotate(self.queries(u_BLD), piece.time_BL - zero_B1)
+        q_BLHK = self.placed(self.q_proj(u_BLD), "q_norm", piece.time_BL - zero_B1)
         k_BLGK, v_BLGK = self.keys_values(u_BLD)
         # Read where it was written: XLA would choose between old and new once more for every use,
         # and copy the ring.
-        ring = jax.lax.optimization_barrier(write_keys(cache.window, k_BLGK, v_BLGK, piece))
+        ring = jax.lax.optimization_barrier(
+            write_keys(cache.window, self._normed(k_BLGK), v_BLGK, piece)
+        )
 
         def stream(ring: KeyRing, oldest: int | None, newest: int) -> KeyStream:
             """The keys whose age is in [newest, oldest)."""
@@ -275,8 +282,9 @@ class Attention(nnx.Module):
         fading, eidetic = cache.fading, cache.eidetic
         if fading is not None:
             assert f_BLD is not None and self.window is not None
-            keys_values = self.fading_keys_values(f_BLD)
-            fading = jax.lax.optimization_barrier(write_keys(fading, *keys_values, piece))
+            k_BLGK, v_BLGK = self.fading_keys_values(f_BLD)
+            keys = self._normed(k_BLGK)
+            fading = jax.lax.optimization_barrier(write_keys(fading, keys, v_BLGK, piece))
             if self.fading_window:
                 streams.append(stream(fading, self.window + self.fading_window, self.window))
         if eidetic is not None:
@@ -375,14 +383,16 @@ class Attention(nnx.Module):
         return KeyStream(eidetic.k_BMGK, eidetic.v_BMGK, positions_BM, visible, bias_BHM)
 
     def _remember(self, k_BLGK, v_BLGK, e_BL, documents: Documents) -> operations.Memory:
-        """The memory of every chunk: keys (normed, not rotated), values, innovations, positions."""
+        """The memory of every chunk: keys (normed, not rotated), values, innovations, positions.
+
+        Only keys that are kept are normed."""
         tokens = {
             "k_BLGK": k_BLGK,
             "v_BLGK": v_BLGK,
             "e_BL": e_BL,
             "positions_BL": documents.positions_BL,
         }
-        return operations.remember(
+        kept = operations.remember(
             e_BL,
             documents.start_BL,
             tokens,
@@ -390,6 +400,8 @@ class Attention(nnx.Module):
             chunk=self.config.chunk,
             size=self.eidetic_tokens,
         )
+        normed = {"k_BLGK": self._normed(kept.tokens["k_BLGK"])}
+        return kept._replace(tokens=kept.tokens | normed)
 
     def _eidetic(self, kept: operations.Memory, positions_BL: Array) -> dict[str, Any]:
         """The arguments of `memory_attention` that describe the eidetic stream."""

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 import pallas_kernels
+from pallas_kernels.rms_norm import rms_norm
 
 # The name, for policies of `jax.checkpoint`, of products that take long for the bytes they fill.
 PRODUCT = "product"
@@ -25,16 +26,6 @@ PRODUCT = "product"
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype of accumulation: float32, or float64 for float64 inputs."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def rms_norm(
-    x: Float[Array, "*shape D"], scale_D: Float[Array, " D"], eps: float
-) -> Float[Array, "*shape D"]:
-    """x / sqrt(mean x^2 + eps) * scale over the last axis, in x's dtype."""
-    wide = x.astype(at_least_float32(x.dtype))
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    scale = scale_D.reshape((1,) * (x.ndim - 1) + scale_D.shape)
-    return (wide * inverse * scale).astype(x.dtype)
 
 
 class Documents(NamedTuple):

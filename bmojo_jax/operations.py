@@ -1,9 +1,9 @@
 """Operations on a mesh that XLA's partitioner cannot cut, or not well.
 
-A kernel is opaque to the partitioner, so the scan, the attention, the convolution and the
-innovation run under shard_map: each device calls the kernel with its own rows and its own channels
-or heads, which need nothing of each other. Where the mesh cuts rows along their tokens, they and
-the memory need something of the pieces before: `context.py` has what.
+A kernel is opaque to the partitioner, so the scan, the attention, the convolution, the innovation
+and the norm and rotation of heads run under shard_map: each device calls the kernel with its own
+rows and its own channels or heads, which need nothing of each other. Where the mesh cuts rows along
+their tokens, they and the memory need something of the pieces before: `context.py` has what.
 """
 
 import functools
@@ -131,6 +131,24 @@ def innovation(
         return (pallas_kernels.innovation(s_BLD, positions_BL, tail_BSD),)
 
     return _per_device(operation, ["e_BL"], arrays, pieces=pieces)[0]
+
+
+@jax.named_scope("norm_rotary")
+def norm_rotary(
+    x_BLHK: Float[Array, "B L H K"],
+    scale_K: Float[Array, " K"] | None,
+    positions_BL: Int[Array, "B L"],
+    *,
+    theta: float,
+    eps: float,
+) -> Float[Array, "B L H K"]:
+    """`pallas_kernels.norm_rotary`, on the ambient mesh if there is one."""
+    arrays = {"x_BLHK": x_BLHK, "scale_K": scale_K, "positions_BL": positions_BL}
+
+    def operation(x_BLHK: Array, positions_BL: Array, scale_K: Array | None = None) -> tuple[Array]:
+        return (pallas_kernels.norm_rotary(x_BLHK, scale_K, positions_BL, theta=theta, eps=eps),)
+
+    return _per_device(operation, ["y_BLHK"], arrays, pieces=_pieces(x_BLHK.shape[1]))[0]
 
 
 @jax.named_scope("remember")

@@ -4,6 +4,7 @@ Knows jax, numpy and absl only: no Flax, no meshes, no configs.
 
 * `causal_conv`, `causal_convs`: the short convolution before the scan, with SiLU.
 * `innovation`: how badly the mean of the states before it predicts a state.
+* `norm_rotary`: norm and rotary positions of queries and keys.
 * `selective_scan`: the fading memory, a Mamba-1 scan with softplus, skip and gate fused.
 * `memory_attention`: one softmax over in-context, fading and eidetic keys.
 * `cached_attention`: the same of a few new tokens, over the keys that decoding caches.
@@ -16,6 +17,7 @@ from pallas_kernels.causal_conv.api import causal_conv, causal_convs
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.innovation.api import innovation
 from pallas_kernels.memory_attention.api import AttentionOutput, memory_attention
+from pallas_kernels.norm_rotary.api import norm_rotary
 from pallas_kernels.selective_scan.api import ScanOutput, selective_scan
 
 __all__ = [
@@ -28,5 +30,6 @@ __all__ = [
     "causal_convs",
     "innovation",
     "memory_attention",
+    "norm_rotary",
     "selective_scan",
 ]

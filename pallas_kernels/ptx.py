@@ -42,14 +42,14 @@ def reciprocal(v: Array, *, interpret: bool) -> Array:
     return 1 / v if interpret else ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", v)
 
 
-def cos(v: Array, *, interpret: bool) -> Array:
-    """Of angles up to half a turn: absolute error 2^-20 or less."""
-    return jnp.cos(v) if interpret else ptx("cos.approx.ftz.f32 $0, $1;", "=f,f", v)
-
-
-def sin(v: Array, *, interpret: bool) -> Array:
-    """Of angles up to half a turn: absolute error 2^-20 or less."""
-    return jnp.sin(v) if interpret else ptx("sin.approx.ftz.f32 $0, $1;", "=f,f", v)
+def cos_sin_of_turns(angle: Array, *, interpret: bool) -> tuple[Array, Array]:
+    """Of int32 angles in 2^-32 of a turn, half a turn at most: absolute error 2^-20 or less."""
+    v = angle.astype(jnp.float32) * (2 * math.pi / 2**32)
+    if interpret:
+        return jnp.cos(v), jnp.sin(v)
+    names = ("cos", "sin")
+    cos, sin = (ptx(f"{name}.approx.ftz.f32 $0, $1;", "=f,f", v) for name in names)
+    return cos, sin
 
 
 def sigmoid(v: Array, *, interpret: bool) -> Array:

@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -23,3 +24,11 @@ def rotary(
     first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def fixed_frequencies(K: int, theta: float) -> Int[Array, " K2"]:
+    """[K / 2]: theta^(-2k/K) per position in 2^-32 of a turn, rounded, for kernels.
+
+    Products with positions are exact but for whole turns, which overflow."""
+    per_position = theta ** (-2 * np.arange(K // 2) / K) / (2 * math.pi)
+    return jnp.asarray(np.round(per_position * 2**32).astype(np.int64).astype(np.int32))

@@ -13,12 +13,10 @@ until `cos.approx` and `sin.approx`. Not measured yet.
 """
 
 import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -26,6 +24,7 @@ from jaxtyping import Array
 
 from pallas_kernels import dispatch, ptx
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.rotary import fixed_frequencies
 
 if TYPE_CHECKING:
     from pallas_kernels.cached_attention.api import KeyStream
@@ -57,7 +56,7 @@ def cached_attention(q_BLHK: Array, streams: "list[KeyStream]", theta: float) ->
                     "float32 or bfloat16"
                 )
     G = streams[0].k_BSGK.shape[2]
-    arrays, starts, turns = [q_BLHK[:, 0], _frequencies(K, theta)], [0], []
+    arrays, starts, turns = [q_BLHK[:, 0], fixed_frequencies(K, theta)], [0], []
     for stream in streams:
         places_BS = jnp.where(stream.visible_BLS[:, 0], stream.positions_BS, _NOWHERE)
         arrays += [stream.k_BSGK, stream.v_BSGK, places_BS.astype(jnp.int32)]
@@ -98,13 +97,6 @@ def cached_attention(q_BLHK: Array, streams: "list[KeyStream]", theta: float) ->
     )
     with jax.enable_x64(False):  # indices are 32 bit wide
         return joined(*by_parts(*arrays))[:, None]
-
-
-def _frequencies(K: int, theta: float) -> Array:
-    """[K / 2], int32, in 2^-32 turns per position, rounded; products with positions are exact but
-    for whole turns, which overflow."""
-    turns = theta ** (-2 * np.arange(K // 2) / K) / (2 * math.pi)
-    return jnp.asarray(np.round(turns * 2**32).astype(np.int64).astype(np.int32))
 
 
 def _rows(group: int) -> int:
@@ -166,9 +158,8 @@ def _parts_kernel(
 
             def add(before: Any) -> Any:
                 most, total, o = before
-                angle = jnp.where(seen, place, 0)[:, None] * frequency[None]  # whole turns wrap
-                angle = angle.astype(jnp.float32) * (2 * math.pi / 2**32)
-                cos, sin = (f(angle, interpret=interpret) for f in (ptx.cos, ptx.sin))
+                angle = jnp.where(seen, place, 0)[:, None] * frequency[None]
+                cos, sin = ptx.cos_sin_of_turns(angle, interpret=interpret)
                 first, second = (
                     plgpu.load(k_ref.at[b, key[:, None], g, start + column[None]]).astype(
                         jnp.float32

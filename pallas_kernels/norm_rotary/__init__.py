@@ -1,0 +1,1 @@
+"""RMS norm of heads and rotary positions, in one pass. See `api.py`."""
