@@ -2,10 +2,9 @@
 
 A program has a few heads of some tokens in registers, and makes the angles of its tokens once for
 all of them, as integers, 2^-32 of a turn, so that far positions are as exact as near ones. The
-floor is what must move: x and y forward, x, dy and dx backward, where the norm is made again. XLA's
-fusions compute a sine and a cosine for each element of each head and make some passes more: for 16
-heads of queries and twice 4 of keys of 8192 tokens with K = 128 they take 73 us forward and 138
-backward on an H100, where the bytes take 38 and 55. Not measured yet.
+floor is what must move: x and y forward; x, dy and dx backward, where the norm is made again. For
+16 heads of queries and twice 4 of keys, of 8192 tokens with K = 128, XLA's fusions take 73 us
+forward and 138 backward on an H100, where the bytes take 38 and 55. Not measured yet.
 
 Everything is float32 between reading and writing; the scale's gradient is summed over a program in
 the kernel and over programs by XLA, always in the same order.
@@ -148,10 +147,11 @@ class _Block:
         self.cos, self.sin = ptx.cos_sin_of_turns(angle, interpret=self.interpret)
         self.scale = None
         if "scale" in self.ref:
-            self.scale = tuple(
-                plgpu.load(self.ref["scale"].at[first + self.column])[None].astype(jnp.float32)
-                for first in (0, self.K // 2)
+            first, second = (
+                plgpu.load(self.ref["scale"].at[start + self.column])[None].astype(jnp.float32)
+                for start in self._starts
             )
+            self.scale = first, second
 
     def _at(self, name: str, head: Any, first: int) -> Any:
         return self.ref[name].at[self.row, self.token[:, None], head, first + self.column[None, :]]
@@ -160,18 +160,18 @@ class _Block:
         """[tokens, K / 2] twice of each head, all asked for before any is used."""
         mask = jnp.broadcast_to(self.there[:, None], self.cos.shape)
         loaded = [
-            [plgpu.load(self._at(name, head, first), mask=mask, other=0) for first in self._firsts]
+            [plgpu.load(self._at(name, head, first), mask=mask, other=0) for first in self._starts]
             for head in self.heads
         ]
         return [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in loaded]
 
     @property
-    def _firsts(self) -> tuple[int, int]:
+    def _starts(self) -> tuple[int, int]:
         return 0, self.K // 2
 
     def store(self, name: str, head: Any, halves: Halves) -> None:
         mask = jnp.broadcast_to(self.there[:, None], self.cos.shape)
-        for first, half in zip(self._firsts, halves, strict=True):
+        for first, half in zip(self._starts, halves, strict=True):
             value = half.astype(self.ref[name].dtype)
             plgpu.store(self._at(name, head, first), value, mask=mask)
 
@@ -186,13 +186,17 @@ class _Block:
         return (jnp.sum(products, axis=1) / self.K)[:, None]
 
 
+def _scaled(halves: Halves, scale: Halves) -> Halves:
+    return halves[0] * scale[0], halves[1] * scale[1]
+
+
 def _forward_kernel(*refs: Any, names: tuple[str, ...], heads: int, eps: float) -> None:
     ref = dict(zip(names, refs, strict=True))
     block = _Block(ref, ref["y"].shape, heads)
     for head, x in zip(block.heads, block.load("x"), strict=True):
         if block.scale is not None:
             inverse = jax.lax.rsqrt(block.mean(x, x) + eps)
-            x = tuple(v * inverse * scale for v, scale in zip(x, block.scale, strict=True))
+            x = _scaled((x[0] * inverse, x[1] * inverse), block.scale)
         block.store("y", head, block.rotated(x))
 
 
@@ -213,9 +217,10 @@ def _backward_kernel(*refs: Any, names: tuple[str, ...], heads: int, eps: float)
         inverse = jax.lax.rsqrt(block.mean(x, x) + eps)
         n = (x[0] * inverse, x[1] * inverse)
         d_scaled = block.rotated(dy, back=True)
-        g = tuple(v * scale for v, scale in zip(d_scaled, block.scale, strict=True))
+        g = _scaled(d_scaled, block.scale)
         along = block.mean(g, n)
-        block.store("dx", head, tuple(inverse * (a - b * along) for a, b in zip(g, n, strict=True)))
+        dx = (inverse * (g[0] - n[0] * along), inverse * (g[1] - n[1] * along))
+        block.store("dx", head, dx)
         sums = [
             total + jnp.sum(a * b, axis=0) for total, a, b in zip(sums, d_scaled, n, strict=True)
         ]
