@@ -9,7 +9,9 @@ cache is as long as the longest row. A second kernel joins the parts of every he
 The floor is the keys and values that are seen, read once; in jax.numpy XLA rotates, transposes and
 joins all of the rings in memory, in some 20 kernels a layer. Products take operands of the keys'
 dtype (float32 in full precision), everything else is float32. Angles are integers, 2^-32 of a turn,
-until `cos.approx` and `sin.approx`. Not measured yet.
+until `cos.approx` and `sin.approx`. On an H100, for 64 rows with rings of 1024 and 1280 keys and 64
+of the memory (16 heads, 4 of keys, K = 128): 91 us a call by the clock, XLA's 435; for one row both
+take the host's time, 50.
 """
 
 import functools

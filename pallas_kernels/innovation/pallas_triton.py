@@ -2,8 +2,8 @@
 
 A program has all channels of a piece of a row and walks along it with the last 4 states in
 registers, so that each state is read once, and 4 more before each piece. The floor is s, which is
-read; XLA's fusion takes 78 us on an H100 for B, L, D = 8, 2048, 2048 in bfloat16, where the bytes
-take 23 us at 2.9 TB/s.
+read; on an H100 it takes 35 us for B, L, D = 8, 2048, 2048 in bfloat16, where the bytes take
+23 at 2.9 TB/s, and XLA's fusion 78.
 
 Arithmetic is float32, and every mean is summed anew, in the order of the definition. Where all 4
 taps of a turn's tokens exist, nothing is masked.

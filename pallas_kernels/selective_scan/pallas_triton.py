@@ -26,20 +26,20 @@ with document resets, an initial state and its gradient:
 
 | B, L, E         | forward | resets | backward | resets | state-spaces/mamba's kernels |
 |-----------------|---------|--------|----------|--------|------------------------------|
-| 8, 2048, 4096   | 7.2     | 7.5    | 27.5     | 28.6   | 17.4 and 71.4                |
-| 1, 2048, 4096   | 9.9     | 9.8    | 34.9     | 36.5   | 19.4 and 87.7                |
-| 1, 16,384, 4096 | 9.4     | 9.4    | 32.4     | 33.7   | 22.5 and 81.6                |
-| 8, 2048, 1536   | 8.4     | 8.6    | 30.6     | 31.3   | 18.0 and 73.4                |
-| 64, 256, 1536   | 7.6     | 7.8    | 29.4     | 30.6   |                              |
+| 8, 2048, 4096   | 7.2     | 7.4    | 27.2     | 28.3   | 17.4 and 71.4                |
+| 1, 2048, 4096   | 10.0    | 9.9    | 34.4     | 35.8   | 19.4 and 87.7                |
+| 1, 16,384, 4096 | 9.3     | 9.3    | 31.8     | 33.1   | 22.5 and 81.6                |
+| 8, 2048, 1536   | 8.4     | 8.5    | 29.9     | 30.6   | 18.0 and 73.4                |
+| 64, 256, 1536   | 7.4     | 8.2    | 28.4     | 29.8   |                              |
 
 One exponential a state takes 5.4 ps in either pass, the bytes 2.8 and 4.9. With B = 1 a warp has a
 scheduler for itself forward, and waits: of the samples of a profile 38 % issued an instruction,
 46 % waited for one of fixed latency, 4 % for memory.
 
-Backward at B 1, L 2048, alone on the device: 33.5 ps, of which the main kernel takes 26.0, the
-first pass 5.2, the sums of the gradients of b and c over programs 1.6, other sums 0.7. Programs of
-8 warps take 35.9 (those sums 1.0, but the main kernel 29.2), of 2 warps 36.3, two groups a trip
-with two segments 34.2.
+Backward at B 1, L 2048, kernels in a profile: 33.5 ps, of which the main kernel takes 26.0, the
+first pass 5.2; 1.6 and 0.7 were sums by XLA, one launch each, which are one kernel since then (the
+whole by the clock 34.9 before, 34.4 with it). Programs of 8 warps take 35.9 (the main kernel 29.2),
+of 2 warps 36.3, two groups a trip with two segments 34.2.
 
 What did not help, B = 1: keeping registers of addresses alive until loads have read them (2 %
 slower; backward 2 to 8 %), step sizes of a group ahead of time (no difference: ptxas orders them as
