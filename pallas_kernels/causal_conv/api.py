@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import expect
 from pallas_kernels.causal_conv import pallas_triton, xla
 from pallas_kernels.causal_conv.operands import Operands
 
@@ -68,21 +69,11 @@ def causal_convs(
         raise ValueError(f"{x_BLE.shape=} must be [B, L, E] and {kernel_TE.shape=} [T, E]")
     B, L, E = x_BLE.shape
     T = kernel_TE.shape[0]
-    wanted = {
-        "kernel_TE": (T, E),
-        "bias_E": (E,),
-        "positions_BL": (B, L),
-        "tail_BSE": (B, T - 1, E),
-    }
-    arrays = {"kernel_TE": kernel_TE, "bias_E": bias_E, "positions_BL": positions_BL}
+    expect("kernel_TE", kernel_TE, (T, E), jnp.floating)
+    expect("bias_E", bias_E, (E,), jnp.floating)
+    expect("positions_BL", positions_BL, (B, L), jnp.integer)
     if tail_BSE is not None:
-        arrays["tail_BSE"] = tail_BSE
-    for name, array in arrays.items():
-        if array.shape != wanted[name]:
-            raise ValueError(f"{name} has shape {array.shape}, expected {wanted[name]}")
-        kind = jnp.integer if name == "positions_BL" else jnp.floating
-        if not jnp.issubdtype(array.dtype, kind):
-            raise ValueError(f"{name} has dtype {array.dtype}, expected {kind.__name__}")
+        expect("tail_BSE", tail_BSE, (B, T - 1, E), jnp.floating)
     if uses < 1:
         raise ValueError(f"{uses=} must be positive")
     operands = Operands(x_BLE, kernel_TE, bias_E, positions_BL, tail_BSE)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import expect
 from pallas_kernels.innovation import pallas_triton, xla
 from pallas_kernels.innovation.xla import TAPS
 
@@ -46,16 +47,10 @@ def innovation(
     if s_BLD.ndim != 3:
         raise ValueError(f"{s_BLD.shape=} must be [B, L, D]")
     B, L, D = s_BLD.shape
-    wanted = {"s_BLD": (B, L, D), "positions_BL": (B, L), "tail_BSD": (B, TAPS, D)}
-    arrays = {"s_BLD": s_BLD, "positions_BL": positions_BL}
+    expect("s_BLD", s_BLD, (B, L, D), jnp.floating)
+    expect("positions_BL", positions_BL, (B, L), jnp.integer)
     if tail_BSD is not None:
-        arrays["tail_BSD"] = tail_BSD
-    for name, array in arrays.items():
-        if array.shape != wanted[name]:
-            raise ValueError(f"{name} has shape {array.shape}, expected {wanted[name]}")
-        kind = jnp.integer if name == "positions_BL" else jnp.floating
-        if not jnp.issubdtype(array.dtype, kind):
-            raise ValueError(f"{name} has dtype {array.dtype}, expected {kind.__name__}")
+        expect("tail_BSD", tail_BSD, (B, TAPS, D), jnp.floating)
     return dispatch.run(
         "innovation", IMPLEMENTATIONS, implementation, s_BLD, positions_BL, tail_BSD
     )

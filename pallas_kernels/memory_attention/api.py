@@ -23,7 +23,6 @@ them.
 import functools
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import expect
 from pallas_kernels.memory_attention import (
     cudnn,
     pallas_mosaic_gpu,
@@ -149,16 +149,16 @@ def memory_attention(
     if fading_window < 0:
         raise ValueError(f"{fading_window=} must be positive, or 0 for none")
     float_type = q_BLHK.dtype.type
-    _expect("q_BLHK", q_BLHK, (B, L, H, K), jnp.floating)
-    _expect("k_BLGK", k_BLGK, (B, L, G, K), float_type)
-    _expect("v_BLGK", v_BLGK, (B, L, G, K), float_type)
+    expect("q_BLHK", q_BLHK, (B, L, H, K), jnp.floating)
+    expect("k_BLGK", k_BLGK, (B, L, G, K), float_type)
+    expect("v_BLGK", v_BLGK, (B, L, G, K), float_type)
     if segment_ids_BL is not None:
-        _expect("segment_ids_BL", segment_ids_BL, (B, L), jnp.integer)
+        expect("segment_ids_BL", segment_ids_BL, (B, L), jnp.integer)
 
     fading = None
     if fading_k_BLGK is not None and fading_v_BLGK is not None:
-        _expect("fading_k_BLGK", fading_k_BLGK, (B, L, G, K), float_type)
-        _expect("fading_v_BLGK", fading_v_BLGK, (B, L, G, K), float_type)
+        expect("fading_k_BLGK", fading_k_BLGK, (B, L, G, K), float_type)
+        expect("fading_v_BLGK", fading_v_BLGK, (B, L, G, K), float_type)
         # With W >= L no token is ever W old.
         if fading_window > 0 and window < L:
             fading = Fading(fading_k_BLGK, fading_v_BLGK)
@@ -177,11 +177,11 @@ def memory_attention(
         if eidetic_k_BZMGK.ndim != 5:
             raise ValueError(f"eidetic_k_BZMGK has shape {eidetic_k_BZMGK.shape}, needs 5 axes")
         Z, M = -(-L // chunk), eidetic_k_BZMGK.shape[2]
-        _expect("eidetic_k_BZMGK", eidetic_k_BZMGK, (B, Z, M, G, K), float_type)
-        _expect("eidetic_v_BZMGK", eidetic_v_BZMGK, (B, Z, M, G, K), float_type)
-        _expect("eidetic_valid_BZM", eidetic_valid_BZM, (B, Z, M), jnp.bool_)
+        expect("eidetic_k_BZMGK", eidetic_k_BZMGK, (B, Z, M, G, K), float_type)
+        expect("eidetic_v_BZMGK", eidetic_v_BZMGK, (B, Z, M, G, K), float_type)
+        expect("eidetic_valid_BZM", eidetic_valid_BZM, (B, Z, M), jnp.bool_)
         if eidetic_bias_BZHM is not None:
-            _expect("eidetic_bias_BZHM", eidetic_bias_BZHM, (B, Z, H, M), jnp.floating)
+            expect("eidetic_bias_BZHM", eidetic_bias_BZHM, (B, Z, H, M), jnp.floating)
         if M > 0:
             eidetic = Eidetic(
                 eidetic_k_BZMGK, eidetic_v_BZMGK, eidetic_valid_BZM, eidetic_bias_BZHM
@@ -201,10 +201,3 @@ def memory_attention(
         blocks=tuple(sorted((blocks or {}).items())),
     )
     return dispatch.run("memory_attention", IMPLEMENTATIONS, implementation, operands, spec)
-
-
-def _expect(name: str, array: jax.Array, shape: tuple[int, ...], kind: Any) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
-    if not jnp.issubdtype(array.dtype, kind):
-        raise ValueError(f"{name} has dtype {array.dtype}, expected {kind.__name__}")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import expect
 from pallas_kernels.norm_rotary import pallas_triton, xla
 
 __all__ = ["norm_rotary"]
@@ -46,15 +47,8 @@ def norm_rotary(
     if x_BLHK.ndim != 4 or x_BLHK.shape[3] % 2:
         raise ValueError(f"{x_BLHK.shape=} must be [B, L, H, K] with an even K")
     B, L, _, K = x_BLHK.shape
-    wanted = {"scale_K": (K,), "positions_BL": (B, L)}
-    arrays = {"positions_BL": positions_BL}
     if scale_K is not None:
-        arrays["scale_K"] = scale_K
-    for name, array in arrays.items():
-        if array.shape != wanted[name]:
-            raise ValueError(f"{name} has shape {array.shape}, expected {wanted[name]}")
-        kind = jnp.integer if name == "positions_BL" else jnp.floating
-        if not jnp.issubdtype(array.dtype, kind):
-            raise ValueError(f"{name} has dtype {array.dtype}, expected {kind.__name__}")
+        expect("scale_K", scale_K, (K,), jnp.floating)
+    expect("positions_BL", positions_BL, (B, L), jnp.integer)
     arguments = (x_BLHK, scale_K, positions_BL, theta, eps)
     return dispatch.run("norm_rotary", IMPLEMENTATIONS, implementation, *arguments)
