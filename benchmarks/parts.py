@@ -90,12 +90,13 @@ class Speeds(NamedTuple):
 
 def speeds(product_side: int, samples: int) -> Speeds:
     """Measures both."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    matrices = [jax.random.normal(key, (product_side,) * 2, jnp.bfloat16) for key in keys]
-    job = timing.Job(jax.jit(jnp.matmul), [tuple(matrices[:2]), tuple(matrices[2:])])
-    seconds = timing.measure({"product": job}, samples=samples)["product"].seconds
-    copy = timing.copied_bytes_per_second(samples=samples)
-    return Speeds(copy, 2 * product_side**3 / seconds)
+    with timing.turn():
+        keys = jax.random.split(jax.random.key(0), 4)
+        matrices = [jax.random.normal(key, (product_side,) * 2, jnp.bfloat16) for key in keys]
+        job = timing.Job(jax.jit(jnp.matmul), [tuple(matrices[:2]), tuple(matrices[2:])])
+        seconds = timing.measure({"product": job}, samples=samples)["product"].seconds
+        copy = timing.copied_bytes_per_second(samples=samples)
+        return Speeds(copy, 2 * product_side**3 / seconds)
 
 
 def product_flops(multiply_adds: float) -> dict[str, float]:

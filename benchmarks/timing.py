@@ -145,7 +145,7 @@ def turn() -> Iterator[None]:
 def compiling() -> Iterator[None]:
     """Not while another process measures: compilers of GPU programs try them out on the device.
 
-    Whatever else a benchmark runs there belongs into this or into its turn."""
+    Whatever else a benchmark runs there belongs in this or in its turn."""
     if _turns:
         yield
         return
@@ -210,12 +210,13 @@ def compile_all(lower: Iterable[Callable[[], Any]]) -> list[BaseException | None
 
 def copied_bytes_per_second(*, samples: int) -> float:
     """Read and written, of a copy that is far larger than any cache: what memory can do."""
-    sets = [(jnp.full(_COPIED_VALUES, value, jnp.float32),) for value in (1.0, 2.0)]
-    job = Job(jax.jit(lambda v: -v), sets)
-    warm = time.monotonic() + _WARM_SECONDS  # a device that has just started is slower
-    while time.monotonic() < warm:
-        jax.block_until_ready([job.function(*one) for one in sets])
-    return 2 * nbytes(sets[0]) / measure({"copy": job}, samples=samples)["copy"].seconds
+    with turn():
+        sets = [(jnp.full(_COPIED_VALUES, value, jnp.float32),) for value in (1.0, 2.0)]
+        job = Job(jax.jit(lambda v: -v), sets)
+        warm = time.monotonic() + _WARM_SECONDS  # a device that has just started is slower
+        while time.monotonic() < warm:
+            jax.block_until_ready([job.function(*one) for one in sets])
+        return 2 * nbytes(sets[0]) / measure({"copy": job}, samples=samples)["copy"].seconds
 
 
 def nbytes(tree: Any) -> int:

@@ -41,9 +41,7 @@ INNOVATION_FLOOR = 1e-6
 
 
 class Seen(NamedTuple):
-    """Keys, neither normed nor rotated, and values of a whole pass; streams it does not have: None.
-
-    What is kept has its keys normed."""
+    """Keys, neither normed nor rotated, and values of a whole pass; None: no such stream."""
 
     window: tuple[Array, Array]
     fading: tuple[Array, Array] | None
@@ -93,7 +91,7 @@ class Attention(nnx.Module):
         self.o_proj = Projection((heads, head), (width,), scale=output_scale, rngs=rngs)
 
     def keys_values(self, u_BLD: Array) -> tuple[Array, Array]:
-        """In-context k_BLGK, v_BLGK; k is not yet normed and rotated."""
+        """In-context k_BLGK, v_BLGK; k is neither normed nor rotated."""
         return self.k_proj(u_BLD), self.v_proj(u_BLD)
 
     def fading_keys_values(self, f_BLD: Array) -> tuple[Array, Array]:
@@ -239,7 +237,7 @@ class Attention(nnx.Module):
         time_BM = jnp.where(valid_BM, of_chunk(kept.index_BZM), -1)
         return EideticCache(
             slots=memory.Slots(innovation_BM=innovation_BM, time_BM=time_BM),
-            k_BMGK=of_chunk(kept.tokens["k_BLGK"]).astype(empty.k_BMGK.dtype),
+            k_BMGK=self._normed(of_chunk(kept.tokens["k_BLGK"])).astype(empty.k_BMGK.dtype),
             v_BMGK=of_chunk(kept.tokens["v_BLGK"]).astype(empty.v_BMGK.dtype),
             e_BR=ring_of(e_BL, length_B, empty.e_BR),
         )
@@ -383,16 +381,15 @@ class Attention(nnx.Module):
         return KeyStream(eidetic.k_BMGK, eidetic.v_BMGK, positions_BM, visible, bias_BHM)
 
     def _remember(self, k_BLGK, v_BLGK, e_BL, documents: Documents) -> operations.Memory:
-        """The memory of every chunk: keys (normed, not rotated), values, innovations, positions.
-
-        Only keys that are kept are normed."""
+        """The memory of every chunk: keys (neither normed nor rotated), values, innovations,
+        positions."""
         tokens = {
             "k_BLGK": k_BLGK,
             "v_BLGK": v_BLGK,
             "e_BL": e_BL,
             "positions_BL": documents.positions_BL,
         }
-        kept = operations.remember(
+        return operations.remember(
             e_BL,
             documents.start_BL,
             tokens,
@@ -400,23 +397,26 @@ class Attention(nnx.Module):
             chunk=self.config.chunk,
             size=self.eidetic_tokens,
         )
-        normed = {"k_BLGK": self._normed(kept.tokens["k_BLGK"])}
-        return kept._replace(tokens=kept.tokens | normed)
 
     def _eidetic(self, kept: operations.Memory, positions_BL: Array) -> dict[str, Any]:
         """The arguments of `memory_attention` that describe the eidetic stream."""
         config = self.config
-        eidetic_k = kept.tokens["k_BLGK"]
-        if config.eidetic_positions == "slot":
-            slots = memory.slot_positions(
-                _first_of_chunks(positions_BL, config.chunk),
-                window=config.window,
-                fading_window=self.fading_window,
-                size=self.eidetic_tokens,
-            )
-            eidetic_k = self.rotate(eidetic_k, slots)
-        elif config.eidetic_positions == "original":
-            eidetic_k = self.rotate(eidetic_k, kept.tokens["positions_BL"])
+        k_BZMGK = kept.tokens["k_BLGK"]
+        if config.eidetic_positions == "none":
+            eidetic_k = self._normed(k_BZMGK)
+        else:
+            slots_BZM = kept.tokens["positions_BL"]
+            if config.eidetic_positions == "slot":
+                slots_BZM = memory.slot_positions(
+                    _first_of_chunks(positions_BL, config.chunk),
+                    window=config.window,
+                    fading_window=self.fading_window,
+                    size=self.eidetic_tokens,
+                )
+            # As tokens of a row: keys and queries need their angles from the same operation.
+            flat = k_BZMGK.reshape(k_BZMGK.shape[0], -1, *k_BZMGK.shape[3:])
+            eidetic_k = self.placed(flat, "k_norm", slots_BZM.reshape(flat.shape[:2]))
+            eidetic_k = eidetic_k.reshape(k_BZMGK.shape)
         stream = {
             "eidetic_k_BZMGK": eidetic_k,
             "eidetic_v_BZMGK": kept.tokens["v_BLGK"],

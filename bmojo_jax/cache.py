@@ -62,7 +62,7 @@ class SsmCache(NamedTuple):
 
 
 class KeyRing(NamedTuple):
-    """The latest R keys and values of a stream, unrotated; token t lies in slot t mod R."""
+    """The latest R keys, normed and unrotated, and values; token t lies in slot t mod R."""
 
     k_BRGK: Float[Array, "B R G K"]
     v_BRGK: Float[Array, "B R G K"]
@@ -72,7 +72,7 @@ class EideticCache(NamedTuple):
     """The memory of the current chunk, and innovations of the tokens that may enter the next."""
 
     slots: Slots
-    k_BMGK: Float[Array, "B M G K"]  # unrotated
+    k_BMGK: Float[Array, "B M G K"]  # normed, unrotated
     v_BMGK: Float[Array, "B M G K"]
     e_BR: Float[Array, "B R"]  # ring beside the in-context keys
 
@@ -137,7 +137,15 @@ def write(buffer_BR: Array, new_BL: Array, piece: Piece) -> Array:
 
     What is not real writes what lies there. Dropping it as out of range is not safe: where scatters
     are to be deterministic XLA for GPUs takes the slot behind a row for the first of the next
-    (JAX 0.11)."""
+    (JAX 0.11).
+
+    Raises:
+      ValueError: L > R, so that tokens would share slots.
+    """
+    if new_BL.shape[1] > buffer_BR.shape[1]:
+        raise ValueError(
+            f"a piece of {new_BL.shape[1]} tokens: the cache holds {buffer_BR.shape[1]} of a row"
+        )
     slot_BL = piece.time_BL % buffer_BR.shape[1]
     real, slot = (
         v.reshape(*slot_BL.shape, *(1,) * (new_BL.ndim - 2)) for v in (piece.real_BL, slot_BL)

@@ -198,7 +198,7 @@ class LanguageModel(nnx.Module):
         within the `max_length` of their cache.
 
         Raises:
-          ValueError: the piece is longer than `longest_piece(config)`.
+          ValueError: the piece is longer than `longest_piece(config)`, or than a row of the cache.
         """
         batch, length = tokens_BL.shape
         if length > longest_piece(self.config):

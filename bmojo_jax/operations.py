@@ -70,7 +70,7 @@ def _per_device(
     for name, array in present.items():
         for letter, length in zip(name.rsplit("_", 1)[1], array.shape, strict=True):
             sizes.setdefault(letter, []).append(length)
-    if "H" in sizes:  # query and key heads are cut together or not at all
+    if "H" in sizes and "G" in sizes:  # queries and keys are cut together or not at all
         sizes["H"] = sizes["G"] = sizes["H"] + sizes["G"]
     cuts = {
         letter: sharding.fit(mesh, [axes], [math.gcd(*sizes[letter])])[0]

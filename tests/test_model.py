@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from bmojo_jax import cache, layers, model
@@ -511,6 +512,15 @@ def test_statistics_are_shares_and_ages(rng):
     assert float(layer["memory_age"].max()) < LENGTH
     # What is kept is above the average.
     assert (layer["memory_innovation"] > layer["innovation"]).all()
+
+
+def test_a_piece_longer_than_a_ring_is_refused():
+    """Its tokens would share slots, even where all but the first few are padding."""
+    config = small_config(**FAMILIES["transformer"], compute_dtype="float32")
+    language_model = model.LanguageModel(config, rngs=nnx.Rngs(0))
+    tokens_BL, length_B = jnp.zeros((1, 4), jnp.int32), jnp.full((1,), 2)
+    with pytest.raises(ValueError, match="a piece of 4 tokens: the cache holds 3 of a row"):
+        language_model.extend(tokens_BL, cache.empty_cache(config, 1, max_length=3), length_B)
 
 
 def test_cache_is_constant_but_for_full_attention():

@@ -79,6 +79,13 @@ def _innovation(B, L, D=3):
     return {"s_BLD": _normal(B, L, D)}, {"positions_BL": _positions(B, L)}
 
 
+def _heads(B, L, H=4, K=6, *, normed=True):
+    inputs = {"x_BLHK": _normal(B, L, H, K)}
+    options = {"positions_BL": _positions(B, L), "theta": 10.0, "eps": 1e-3}
+    scale = {"scale_K": _normal(K) if normed else None}
+    return (inputs | scale, options) if normed else (inputs, options | scale)
+
+
 def _remember(B, L, *, size=3, window=3, chunk=3):
     inputs = {"e_BL": jnp.square(_normal(B, L)), "k_BLGK": _normal(B, L, 2, 2)}
     options = {"window": window, "chunk": chunk, "size": size}
@@ -99,6 +106,7 @@ ALONE = {
     "attention": pallas_kernels.memory_attention,
     "conv": functools.partial(pallas_kernels.causal_convs, uses=2),
     "innovation": pallas_kernels.innovation,
+    "heads": pallas_kernels.norm_rotary,
 }
 ON_MESH = {
     "remember": _remembered,
@@ -106,12 +114,15 @@ ON_MESH = {
     "attention": operations.memory_attention,
     "conv": functools.partial(operations.causal_convs, uses=2),
     "innovation": operations.innovation,
+    "heads": operations.norm_rotary,
 }
 CASES = {
     "scan": lambda B, L: _scan(B, L, state=False),
     "scan from a state": lambda B, L: _scan(B, L, state=True),
     "conv": _conv,
     "innovation": _innovation,
+    "heads": _heads,
+    "heads, not normed": lambda B, L: _heads(B, L, normed=False),
     "remember": _remember,
     "remember, a long window": lambda B, L: _remember(B, L, window=8),
     "remember, many": lambda B, L: _remember(B, L, window=1, size=20),
@@ -153,7 +164,7 @@ CUT = [((2, 1, 4, 1), 2, 24), ((1, 1, 8, 1), 2, 24), ((1, 2, 2, 2), 2, 24), ((1,
 
 
 # The others differ from one of these in sizes only.
-MAIN = ("scan", "conv", "innovation", "remember", "attention", "attention to all")
+MAIN = ("scan", "conv", "innovation", "heads", "remember", "attention", "attention to all")
 
 
 def _cases():
@@ -163,7 +174,7 @@ def _cases():
         marks = [] if case in MAIN else [pytest.mark.slow]
         yield pytest.param(case, *CUT[0], marks=marks)
         yield pytest.param(case, *CUT[1], marks=pytest.mark.slow)
-        if case in ("scan", "attention", "remember"):
+        if case in ("scan", "attention", "heads", "remember"):
             yield from (pytest.param(case, *mesh, marks=pytest.mark.slow) for mesh in CUT[2:])
 
 

@@ -6,7 +6,7 @@ E 4096 on an H100 they and a slice took 17 us for 17 MB.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ _VALUES, _TERMS, _WARPS = 8192, 128, 4
 class Terms(NamedTuple):
     """Of values_RSC the `count` from `first` on are terms of S rows of sums; `columns` of C."""
 
-    values_RSC: Array
+    values_RSC: Any  # an array; in the kernel its shape
     first: int
     count: int
     columns: int
@@ -48,7 +48,7 @@ class Terms(NamedTuple):
 def sums(of: Mapping[str, Terms], *, interpret: bool) -> dict[str, Array]:
     """[S, columns] of each: its terms summed in float32, always in the same order."""
     call = pl.pallas_call(
-        functools.partial(_kernel, of=tuple(of.values())),
+        functools.partial(_kernel, of=tuple(map(_sizes, of.values()))),
         out_shape=[
             jax.ShapeDtypeStruct((v.values_RSC.shape[1], v.columns), v.dtype) for v in of.values()
         ],
@@ -63,7 +63,11 @@ def sums(of: Mapping[str, Terms], *, interpret: bool) -> dict[str, Array]:
         return dict(zip(of, call(*(v.values_RSC for v in of.values())), strict=True))
 
 
-def _kernel(*refs: Any, of: tuple[Terms, ...]) -> None:
+def _sizes(v: Terms) -> Terms:
+    return v._replace(values_RSC=jax.ShapeDtypeStruct(v.values_RSC.shape, v.values_RSC.dtype))
+
+
+def _kernel(*refs: Any, of: Sequence[Terms]) -> None:
     first = 0
     for one, values_RSC, out in zip(of, refs[: len(of)], refs[len(of) :], strict=True):
         number = pl.program_id(0) - first

@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import Unsupported, norm_rotary
-from pallas_kernels.norm_rotary import pallas_triton
 from tests.tolerances import relative_rms
 
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu")
@@ -84,8 +83,9 @@ def test_triton_equals_float64(
         assert relative_rms(np.asarray(v, np.float64), want[name]) < limits[name], name
 
 
-def test_far_positions_are_as_exact_as_near_ones(rng: np.random.Generator) -> None:
-    """A float32 angle is off by up to 4e-3 at 131,072; frequencies are off by 2^-33 of a turn."""
+def test_far_positions_keep_their_angles(rng: np.random.Generator) -> None:
+    """A float32 angle is off by up to 4e-3 at 131,072; an integer one by 2^-33 of a turn for each
+    position."""
     x_BLHK, scale_K, _ = draw(rng, (1, 8, 2, 64), "float32")
     positions_BL = jnp.asarray(131_072 - np.arange(8)[None], jnp.int32)
     want = by_definition(np.asarray(x_BLHK, np.float64), scale_K, np.asarray(positions_BL))
@@ -159,8 +159,3 @@ def test_what_does_not_fit_is_named(rng: np.random.Generator) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             run(*arguments, implementation="xla")
-
-
-def test_programs_take_heads_together() -> None:
-    """As many as divide the heads: 3 of 3 would be no power of two."""
-    assert pallas_triton._programs((2, 33, 6, 64), 2) == (2, 3, 2)
