@@ -17,7 +17,7 @@ slow to gather. The second command says, on any machine, whether it fits and wha
 What it said, by libtpu 0.0.48.1 for jax 0.11.2 (`results/tpu`; compiled, not run):
 
     topology   batch                  memory of a device   step, by estimate    results/tpu
-    v5e:16x16  1024 x 2048            11.9 of 16 GiB       0.56 to 0.94 s       bmojo-1_4b-v5e-256
+    v5e:16x16  1024 x 2048            12.1 of 16 GiB       0.56 to 0.96 s       bmojo-1_4b-v5e-256
     v5p:4x4x4  1024 x 2048            46.7 of 95 GiB       0.96 to 1.37 s       bmojo-1_4b-v5p-64
     v6e:8x8    256 x 2048             12.4 of 32 GiB       0.23 to 0.40 s       bmojo-1_4b-v6e-64
     v5p:4x4x4  1 x 1,048,576, below   25.8 of 95 GiB       0.64 to 0.97 s       ...-L1048576
