@@ -5,7 +5,7 @@ output f, of tokens (i - W - F, i - W], and to the eidetic keys of its chunk's m
 keys of the window are rotated to their own positions; eidetic keys as `eidetic_positions` says.
 The fading projections are the in-context ones unless they are untied.
 
-Matrix products run in the compute dtype; norms, rotary angles, softmax are float32.
+Matrix products run in the compute dtype; norms, rotations and softmax are float32.
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +34,6 @@ from bmojo_jax.layers import (
     one_document,
 )
 from pallas_kernels import KeyStream
-from pallas_kernels.rotary import rotary
 
 # Keeps log(e / mean e) finite where a token was predicted without error.
 INNOVATION_FLOOR = 1e-6
@@ -111,9 +110,6 @@ class Attention(nnx.Module):
         return operations.norm_rotary(
             x_BLHK, scale_K, positions_BL, theta=config.rope_theta, eps=config.norm_eps
         )
-
-    def rotate(self, x: Array, positions: Array) -> Array:
-        return rotary(x, positions, self.config.rope_theta)
 
     def gate_bias(self, innovation: Array, valid: Array) -> Array:
         """b_h log(e_j / mean e), mean over the memory's tokens: [..., M] -> [..., H, M]."""

@@ -125,7 +125,9 @@ def test_a_branch_of_the_step_gives_what_branches_of_layers_give(rng, monkeypatc
 
     want = decode(config.depth)
     monkeypatch.setattr(operations, "waits_at_branches", lambda: True)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), decode(1), want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), decode(1), want
+    )
 
 
 def test_a_conversation_continues_where_it_stopped(rng):

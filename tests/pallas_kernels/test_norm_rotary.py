@@ -48,7 +48,7 @@ def test_xla_in_float64_is_the_definition(rng: np.random.Generator) -> None:
     with jax.enable_x64(True):
         wide_BLHK = jnp.asarray(np.asarray(x_BLHK, np.float64))
         got = run(wide_BLHK, scale_K, positions_BL, implementation="xla")
-    np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
