@@ -16,7 +16,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.memory_attention.mosaic_tiles import (
-    BLOCK,
     BY_ROW,
     FLOOR,
     LAYOUT,
@@ -49,7 +48,7 @@ from pallas_kernels.memory_attention.mosaic_tiles import (
 HELD: Mapping[str, tuple[str, ...]] = {"forward": ("q",), "dq": ()}
 
 
-def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, workers: int, **sm: Any) -> None:
+def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, **sm: Any) -> None:
     """o [B, L, H, K] and lse [B, H, L]."""
     ref = dict(zip(names, refs, strict=True))
     slots = {"q_free": plan.slots, "k_free": plan.stages, "v_free": plan.stages}
@@ -61,10 +60,10 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, workers: int,
     def of_item(n: Array, number: Array, step: Array) -> Array:
         item, at = Queries(plan, number), rem(n, plan.slots)
         plgpu.barrier_wait(sm["q_free"].at[at])
-        q = ref["q"].at[item.row, pl.ds(item.first, BLOCK), item.head]
+        q = ref["q"].at[item.row, pl.ds(item.first, plan.block), item.head]
         plgpu.copy_gmem_to_smem(q, sm["q"].at[at], sm["q_full"].at[at])
         tiles = key_tiles(plan, ref, item)
-        for span, tile in zip(spans(plan, item.first, BLOCK), tiles, strict=True):
+        for span, tile in zip(spans(plan, item.first, plan.block), tiles, strict=True):
 
             def of_tile(t: Array, step: Array, tile: Any = tile) -> Array:
                 slot = rem(step, plan.stages)
@@ -88,7 +87,7 @@ def forward_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, workers: int,
         over_items(plan, Queries.total(plan), of_item, i32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    roles(workers, load, compute)
+    roles(plan.workers, load, compute)
 
 
 def _forward(
@@ -96,8 +95,7 @@ def _forward(
 ) -> Array:
     """How many steps there were, after those of one item."""
     dtype, staging = ref["q"].dtype, sm["staging"].at[worker] if "staging" in sm else None
-    first = item.first + worker * ROWS
-    rows = pl.ds(first, ROWS)
+    first, rows = item.queries(worker)
     walk = Walk(plan, ref, item, first)
     tile = sm["q"].at[at, pl.ds(worker * ROWS, ROWS)]
     plgpu.barrier_wait(sm["q_full"].at[at])
@@ -173,7 +171,7 @@ def _forward(
     return before + walk.steps
 
 
-def queries_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, workers: int, **sm: Any) -> None:
+def queries_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, **sm: Any) -> None:
     """dq [B, L, H, K], from do and stats, lse / log 2 and delta, the sums of o do less the gradient
     of lse.
 
@@ -189,10 +187,10 @@ def queries_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, workers: int,
         item, at = Queries(plan, number), rem(n, plan.slots)
         plgpu.barrier_wait(sm["q_free"].at[at])
         for name in ("q", "do"):
-            source = ref[name].at[item.row, pl.ds(item.first, BLOCK), item.head]
+            source = ref[name].at[item.row, pl.ds(item.first, plan.block), item.head]
             plgpu.copy_gmem_to_smem(source, sm[name].at[at], sm["q_full"].at[at])
         tiles = key_tiles(plan, ref, item)
-        for span, tile in zip(spans(plan, item.first, BLOCK), tiles, strict=True):
+        for span, tile in zip(spans(plan, item.first, plan.block), tiles, strict=True):
 
             def of_tile(t: Array, step: Array, tile: Any = tile) -> Array:
                 slot = rem(step, plan.stages)
@@ -215,7 +213,7 @@ def queries_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, workers: int,
         over_items(plan, Queries.total(plan), of_item, i32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    roles(workers, load, compute)
+    roles(plan.workers, load, compute)
 
 
 def _queries(
@@ -223,10 +221,10 @@ def _queries(
 ) -> Array:
     """How many steps there were, after those of one item."""
     dtype, staging = ref["q"].dtype, sm["staging"].at[worker] if "staging" in sm else None
-    first = item.first + worker * ROWS
-    rows = pl.ds(first, ROWS)
+    first, rows = item.queries(worker)
     walk = Walk(plan, ref, item, first)
-    lse, delta = (vector(ref["stats"].at[item.row, item.head, i, rows], BY_ROW) for i in (0, 1))
+    stats = ref["stats"].at[item.row, item.head, :, pl.ds(first, ROWS)]
+    lse, delta = (vector(stats.at[i], BY_ROW) for i in (0, 1))
     plgpu.barrier_wait(sm["q_full"].at[at])
     own = {name: sm[name].at[at, pl.ds(worker * ROWS, ROWS)] for name in ("q", "do")}
     q, do = _held("dq", plan, staging, own)

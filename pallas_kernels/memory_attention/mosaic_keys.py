@@ -43,12 +43,12 @@ from pallas_kernels.memory_attention.mosaic_tiles import (
 class Keys:
     """What a block works on: a tile of keys of one stream, or of one memory, of one key head."""
 
-    def __init__(self, plan: Plan, ref: Refs, number: Array, *, workers: int, memory: bool):
-        self.plan, self.ref, self.memory, self.size = plan, ref, memory, ROWS * workers
+    def __init__(self, plan: Plan, ref: Refs, number: Array, *, memory: bool):
+        self.plan, self.ref, self.memory = plan, ref, memory
         heads = plan.heads // plan.summed
         self.head, number = rem(number, heads), div(number, heads)
-        tiles = (plan.M if memory else plan.length) // self.size
-        self.first = rem(number, tiles) * self.size
+        tiles = (plan.M if memory else plan.length) // plan.block
+        self.first = rem(number, tiles) * plan.block
         number = div(number, tiles)
         sources = plan.chunks if memory else len(plan.bands)
         self.source, self.row = rem(number, sources), div(number, sources)
@@ -59,9 +59,9 @@ class Keys:
                 self.far = jnp.where(self.source == i, i32(far), self.far)
 
     @staticmethod
-    def total(plan: Plan, *, workers: int, memory: bool) -> int:
+    def total(plan: Plan, *, memory: bool) -> int:
         keys = plan.chunks * plan.M if memory else len(plan.bands) * plan.length
-        return plan.batch * (plan.heads // plan.summed) * (keys // (ROWS * workers))
+        return plan.batch * (plan.heads // plan.summed) * (keys // plan.block)
 
     def with_arrays(self, form: str, body: Callable[[Any, Any], None]) -> None:
         """body of the two arrays of this item's stream: `form` is what surrounds its name."""
@@ -96,33 +96,31 @@ class Keys:
         return Span(begin, inner, jnp.clip(div(inner_end, ROWS), inner, end), end)
 
 
-def keys_kernel(
-    *refs: Any, names: tuple[str, ...], plan: Plan, workers: int, memory: bool, **sm: Any
-) -> None:
+def keys_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, memory: bool, **sm: Any) -> None:
     """dk, dv of every band, or of the memories with dbias.
 
     dv = p do, dk = scale dl q, summed over queries and `summed` heads of a group; dbias is dl
     summed over queries."""
     ref = dict(zip(names, refs, strict=True))
     slots = {"k_free": plan.slots, "q_free": plan.stages}
-    total = Keys.total(plan, workers=workers, memory=memory)
+    total = Keys.total(plan, memory=memory)
 
     def load() -> None:
         over_items(plan, total, of_item, i32(0))
         each_slot(plgpu.barrier_wait, sm, slots)
 
     def of_item(n: Array, number: Array, step: Array) -> Array:
-        item, at = Keys(plan, ref, number, workers=workers, memory=memory), rem(n, plan.slots)
+        item, at = Keys(plan, ref, number, memory=memory), rem(n, plan.slots)
         plgpu.barrier_wait(sm["k_free"].at[at])
 
         def of_stream(k: Any, v: Any) -> None:
             for name, source in (("k", k), ("v", v)):
                 key_head = div(item.head * plan.summed, plan.group)
-                tile = source.at[item.at(i32(0), item.size, key_head)]
+                tile = source.at[item.at(i32(0), plan.block, key_head)]
                 plgpu.copy_gmem_to_smem(tile, sm[name].at[at], sm["k_full"].at[at])
 
         item.with_arrays("{}", of_stream)
-        span = item.queries(i32(0), item.size)
+        span = item.queries(i32(0), plan.block)
 
         def of_head(i: Array, step: Array) -> Array:
             head = item.head * plan.summed + i
@@ -144,13 +142,13 @@ def keys_kernel(
         each_slot(plgpu.barrier_arrive, sm, slots)
 
         def of_item(n: Array, number: Array, before: Array) -> Array:
-            item = Keys(plan, ref, number, workers=workers, memory=memory)
+            item = Keys(plan, ref, number, memory=memory)
             return _keys(ref, sm, plan, item, rem(n, plan.slots), worker, before)
 
         over_items(plan, total, of_item, i32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    roles(workers, load, compute)
+    roles(plan.workers, load, compute)
 
 
 def _keys(
@@ -161,7 +159,7 @@ def _keys(
     offset = worker * ROWS
     first = item.first + offset
     rows = pl.ds(first, ROWS)
-    loaded, seen = item.queries(i32(0), item.size), item.queries(offset, ROWS)
+    loaded, seen = item.queries(i32(0), plan.block), item.queries(offset, ROWS)
     # What tells a query's document from another: its id, or for a memory whether it reads it.
     told_by = "reads" if item.memory else "segments"
     documents, document, one_document = None, i32(1), jnp.bool_(True)

@@ -1,8 +1,8 @@
 """What the Mosaic GPU kernels of the memory attention share: tiles, who sees which, products.
 
-A block is a warpgroup that loads and `WORKERS` warpgroups that compute, each with `ROWS` rows of
-its own (queries, or keys in `mosaic_keys.py`); tiles of the other side go through shared memory in
-a ring that all of a block's warpgroups read. Blocks are persistent: each works on its share of the
+A block is a warpgroup that loads and `Plan.workers` warpgroups that compute, each with `ROWS` rows
+of its own (queries, or keys in `mosaic_keys.py`); tiles of the other side go through shared memory
+in a ring that all of a block's warpgroups read. Blocks are persistent: each works on its share of the
 items (a tile of one head), and loads run ahead into the next item.
 
 Both streams of token keys are bands: query i sees key j where near <= i - j <= far (`mask.py`):
@@ -32,12 +32,11 @@ LN_2, LOG2_E = math.log(2), math.log2(math.e)
 # Logits that are not seen, and the least that a row's maximum is taken to be. The difference is
 # such that the former's weight is 0 even if the multiply-add that makes its exponent is fused.
 LEAST, FLOOR = -1e30, -1e20
-# Of a warpgroup's tile, and the warpgroups that compute in a block of the kernels by queries.
-ROWS, WORKERS = 64, 2
-BLOCK = ROWS * WORKERS
-# Registers per thread of the warpgroup that loads and of the two that compute. Together with
-# 128 threads each that makes 64512 of the 65536 registers.
-LOADING_REGISTERS, COMPUTING_REGISTERS = 40, 232
+# Of a warpgroup's tile; and what tokens are padded to a multiple of.
+ROWS, WHOLE = 64, 128
+# Registers per thread of the warpgroup that loads and of those that compute, by how many the latter
+# are: with 128 threads each, no more than the 65536 that there are.
+REGISTERS: Mapping[int, tuple[int, int]] = {2: (40, 232), 3: (32, 160)}
 LAYOUT = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
 
@@ -45,8 +44,8 @@ BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
 @dataclass(frozen=True)
 class Plan:
     """Static sizes: L tokens, padded to `length`; rows of the batch; query heads of width K,
-    `group` to a key/value head, `summed` of them in what one item makes of its gradient; keys of
-    a tile; tiles in a ring (`stages`); items whose own tiles are held at a time (`slots`); M slots
+    `group` to a key/value head, `summed` of them in what one item makes of its gradient;
+    warpgroups of a block that compute (`workers`); keys of a tile; tiles in a ring (`stages`); items whose own tiles are held at a time (`slots`); M slots
     of a memory, of one of `chunks` chunks of `chunk` tokens; factor on the logits in units of
     log 2; near and far of each band, by the prefix of its arrays' names; blocks that run at a
     time."""
@@ -58,6 +57,7 @@ class Plan:
     group: int
     summed: int
     K: int
+    workers: int
     keys: int
     stages: int
     slots: int
@@ -69,8 +69,23 @@ class Plan:
     processors: int
 
     @property
+    def block(self) -> int:
+        """Rows of a block."""
+        return ROWS * self.workers
+
+    @property
     def tiles(self) -> int:
-        return self.length // BLOCK
+        """Blocks of a row of tokens; the last may reach beyond it."""
+        return -(-self.length // self.block)
+
+    @property
+    def own_memory(self) -> bool:
+        """Whether a warpgroup goes through the memory of its own chunk alone. Where a block has
+        queries of several chunks, the ring must hold the tile that it saw last, the memories of
+        others, which it skips, and the next tile."""
+        skipped = (self.workers - 1) * self.M // self.keys
+        whole = self.chunk % self.block == 0
+        return whole or (self.chunk % ROWS == 0 and skipped + 2 <= self.stages)
 
 
 def i32(x: int) -> Array:
@@ -181,14 +196,14 @@ def roles(workers: int, load: Callable[[], None], compute: Callable[[Array], Non
 
     @pl.when(warpgroup == workers)
     def _load() -> None:
-        if workers == WORKERS:
-            plgpu.set_max_registers(LOADING_REGISTERS, action="decrease")
+        if workers in REGISTERS:
+            plgpu.set_max_registers(REGISTERS[workers][0], action="decrease")
         load()
 
     @pl.when(warpgroup < workers)
     def _compute() -> None:
-        if workers == WORKERS:
-            plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
+        if workers in REGISTERS:
+            plgpu.set_max_registers(REGISTERS[workers][1], action="increase")
         compute(warpgroup)
 
 
@@ -226,12 +241,21 @@ class Queries:
     """What a block of a kernel by queries works on: a tile of queries of one head."""
 
     def __init__(self, plan: Plan, number: Array):
+        self.plan = plan
         self.head = rem(number, plan.heads)
         rest = div(number, plan.heads)
         # Those at the start of a sequence see less: they come last and fill the gaps.
-        self.first = (plan.tiles - 1 - rem(rest, plan.tiles)) * BLOCK
+        self.first = (plan.tiles - 1 - rem(rest, plan.tiles)) * plan.block
         self.row = div(rest, plan.tiles)
         self.key_head = div(self.head, plan.group)
+
+    def queries(self, worker: Array) -> tuple[Array, Any]:
+        """The first query of a warpgroup, and the rows of its results.
+
+        Beyond the row's end it computes what the last queries see and stores nothing: copies to
+        device memory leave out what lies outside an array."""
+        first = self.first + worker * ROWS
+        return jnp.minimum(first, self.plan.length - ROWS), pl.ds(first, ROWS)
 
     @staticmethod
     def total(plan: Plan) -> int:
@@ -253,7 +277,8 @@ class Span(NamedTuple):
 
 def spans(plan: Plan, first: Array, size: int) -> list[Span]:
     """Of each stream, what positions `first` to first + size - 1 see."""
-    n, last, found = plan.keys, first + size - 1, []
+    n, found = plan.keys, []
+    last = jnp.minimum(first + size, plan.length) - 1
     if plan.M:
         per_chunk = plan.M // n
         z, z_last = (div(jnp.minimum(t, plan.L - 1), plan.chunk) for t in (first, last))
@@ -302,17 +327,18 @@ class Walk:
 
     They go through all streams in one loop, so that the tensor cores are at work on one tile's
     values while the next one's logits become weights, across streams too. Between two tiles that a
-    warpgroup sees there is at most one that it does not, of its neighbour: so a ring of three can
-    hold the last tile, the skipped one and the next."""
+    warpgroup sees there are at most `workers` - 1 of the bands that only others of its block see:
+    with the last tile and the next, a ring of `workers` + 1 holds them all. `Plan.own_memory` is
+    of the memories."""
 
     def __init__(self, plan: Plan, ref: Refs, item: Queries, first: Array):
         self.plan, self.ref, self.item, self.first = plan, ref, item, first
-        loaded, seen = spans(plan, item.first, BLOCK), spans(plan, first, ROWS)
+        loaded, seen = spans(plan, item.first, plan.block), spans(plan, first, ROWS)
         bands = list(plan.bands.values())
         if plan.M:
-            # Each warpgroup sees all of the block's memories, which are its own where a chunk has
-            # whole blocks.
-            seen[0], bands = loaded[0], [(0, 0), *bands]
+            bands = [(0, 0), *bands]
+            if not plan.own_memory:
+                seen[0] = loaded[0]
         # Constants within a product's `update` do not lower: nothing that it reads is one.
         zero = 0 * first
         self.count = self.steps = zero
@@ -341,7 +367,7 @@ class Walk:
             self.count, self.steps = self.count + span.size, self.steps + all_of_it.size
         # A single tile of slots is the first that is seen: its bias can be loaded ahead, and the
         # loop over all others knows no memory.
-        alone = plan.M == plan.keys and plan.chunk % BLOCK == 0
+        alone = plan.M == plan.keys and plan.own_memory
         self._bias = self._load_bias(self.tile(i32(0)).number) if alone else None
 
     def tile(self, n: Array) -> Tile:
@@ -394,7 +420,7 @@ class Walk:
     def _memory(self, t: Array, bias: Array, s: Array) -> Array:
         plan, ref, item = self.plan, self.ref, self.item
         s = s + along(bias, s.shape, 1)
-        if plan.chunk % BLOCK:
+        if not plan.own_memory:
             z = div(t, plan.M // plan.keys)
             place = iota(s.shape, 0) + (self.first - z * plan.chunk)
             s = jnp.where((place >= 0) & (place < plan.chunk), s, LEAST)

@@ -77,11 +77,10 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.memory_attention.mosaic_kernels import forward_kernel, queries_kernel
 from pallas_kernels.memory_attention.mosaic_keys import Keys, keys_kernel
 from pallas_kernels.memory_attention.mosaic_tiles import (
-    BLOCK,
     LEAST,
     LOG2_E,
     ROWS,
-    WORKERS,
+    WHOLE,
     Plan,
     Queries,
 )
@@ -101,20 +100,20 @@ _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 _PROCESSORS = 132
 # Interpreted, fewer, so that each has several items.
 _INTERPRETED_PROCESSORS = 2
-# Of the forward pass, of dq and of dk and dv ("dkv"): keys of a tile, tiles in the ring of loads,
-# and items whose own tiles are held at a time.
+# Of the forward pass, of dq and of dk and dv ("dkv"): warpgroups that compute in a block, keys of a
+# tile, tiles in the ring of loads, and items whose own tiles are held at a time.
 TUNABLE: Mapping[str, tuple[int, ...]] = {
+    "forward_workers": (2, 3),
     "forward_keys": (64, 128),
     "forward_stages": (3, 4, 5, 6, 8),
     "forward_slots": (1, 2),
+    "dq_workers": (2, 3),
     "dq_keys": (64, 128),
     "dq_stages": (3, 4, 6),
     "dq_slots": (1, 2),
     "dkv_stages": (2, 3, 4, 6),
     "dkv_slots": (1, 2),
 }
-# By queries, the tile before is held while one is skipped and the next is worked on.
-_LEAST_STAGES = {"forward_stages": 3, "dq_stages": 3, "dkv_stages": 1}
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
@@ -126,16 +125,16 @@ def forward(operands: Operands, spec: Spec) -> AttentionOutput:
     inputs = _inputs(x, spec, plan)
     tile = _Tiles(plan, x.q_BLHK.dtype)
     scratch = {
-        "q": tile(plan.slots, BLOCK),
+        "q": tile(plan.slots, plan.block),
         "k": tile(plan.stages, plan.keys),
         "v": tile(plan.stages, plan.keys),
-        "lse": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
+        "lse": plgpu.SMEM((plan.workers, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_barriers=plan.slots),
         "k_full": plgpu.Barrier(num_barriers=plan.stages),
         "v_full": plgpu.Barrier(num_barriers=plan.stages),
-        "q_free": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=WORKERS),
-        "k_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=WORKERS),
-        "v_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=WORKERS),
+        "q_free": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=plan.workers),
+        "k_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=plan.workers),
+        "v_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=plan.workers),
     }
     outputs = {
         "o": _like(inputs["q"]),
@@ -161,14 +160,14 @@ def backward(
     }
     tile = _Tiles(plan, x.q_BLHK.dtype)
     scratch = {
-        "q": tile(plan.slots, BLOCK),
-        "do": tile(plan.slots, BLOCK),
+        "q": tile(plan.slots, plan.block),
+        "do": tile(plan.slots, plan.block),
         "k": tile(plan.stages, plan.keys),
         "v": tile(plan.stages, plan.keys),
         "q_full": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=2),
         "k_full": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=2),
-        "q_free": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=WORKERS),
-        "k_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=WORKERS),
+        "q_free": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=plan.workers),
+        "k_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=plan.workers),
     }
     outputs = {"dq": _like(inputs["q"])}
     d = _call(queries_kernel, inputs, outputs, scratch, plan, Queries.total(plan))
@@ -194,12 +193,12 @@ def backward(
 def _by_keys(inputs: Mapping[str, Array], plan: Plan, *, memory: bool) -> dict[str, Array]:
     """Gradients of the keys and values of the bands, or of the memories."""
     # A block of one warpgroup that computes where a memory is too small for two.
-    workers = 1 if memory and plan.M % BLOCK else WORKERS
-    items = Keys.total(plan, workers=workers, memory=memory)
+    if memory and plan.M % plan.block:
+        plan = dataclasses.replace(plan, workers=1)
     if memory:  # dbias takes room, and a memory's queries are few
         plan = dataclasses.replace(plan, stages=min(plan.stages, 2))
     # The few memories of a short sequence are too little work for all: then by query heads.
-    if memory and items < plan.processors:
+    if memory and Keys.total(plan, memory=memory) < plan.processors:
         plan = dataclasses.replace(plan, summed=1)
     streams = [f"{s}{name}" for s in (["memory_"] if memory else plan.bands) for name in "kv"]
     told_by = "reads" if memory else "segments"
@@ -207,25 +206,25 @@ def _by_keys(inputs: Mapping[str, Array], plan: Plan, *, memory: bool) -> dict[s
     inputs = {name: v for name, v in inputs.items() if name in read}
     tile = _Tiles(plan, inputs["q"].dtype)
     scratch: dict[str, Any] = {
-        "k": tile(plan.slots, workers * ROWS),
-        "v": tile(plan.slots, workers * ROWS),
+        "k": tile(plan.slots, plan.block),
+        "v": tile(plan.slots, plan.block),
         "q": tile(plan.stages, ROWS),
         "do": tile(plan.stages, ROWS),
         "stats": plgpu.SMEM((plan.stages, 2, ROWS), jnp.float32),
         "k_full": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=2),
         "q_full": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=3),
-        "k_free": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=workers),
-        "q_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=workers),
+        "k_free": plgpu.Barrier(num_barriers=plan.slots, num_arrivals=plan.workers),
+        "q_free": plgpu.Barrier(num_barriers=plan.stages, num_arrivals=plan.workers),
     }
     outputs = {f"d{name}": _like(inputs[name]) for name in streams}
     if plan.summed < plan.group:
         outputs = {name: _of_heads(v, plan.heads) for name, v in outputs.items()}
     if memory:
-        scratch["dbias"] = plgpu.SMEM((workers, ROWS), jnp.float32)
+        scratch["dbias"] = plgpu.SMEM((plan.workers, ROWS), jnp.float32)
         size = (plan.batch, plan.chunks, plan.heads, plan.M)
         outputs["dbias"] = jax.ShapeDtypeStruct(size, jnp.float32)
-    total = Keys.total(plan, workers=workers, memory=memory)
-    d = _call(keys_kernel, inputs, outputs, scratch, plan, total, workers=workers, memory=memory)
+    total = Keys.total(plan, memory=memory)
+    d = _call(keys_kernel, inputs, outputs, scratch, plan, total, memory=memory)
     if plan.summed < plan.group:
         for name in (f"d{name}" for name in streams):
             parts = d[name].reshape(*d[name].shape[:-2], -1, plan.group, plan.K)
@@ -259,9 +258,11 @@ def _sizes(x: Operands, spec: Spec) -> dict[str, int]:
         },
         dtype=x.q_BLHK.dtype,
         heuristic={
+            "forward_workers": 2,
             "forward_keys": 64,
             "forward_stages": 4 if wide else 6,
             "forward_slots": 2,
+            "dq_workers": 2,
             "dq_keys": 64,
             "dq_stages": 4 if wide else 6,
             "dq_slots": 1 if wide else 2,
@@ -271,11 +272,13 @@ def _sizes(x: Operands, spec: Spec) -> dict[str, int]:
         override=dict(spec.blocks),
     )  # fmt: skip
     for name, size in sizes.items():
-        if name.endswith("keys") and size not in TUNABLE[name]:
+        if name.endswith(("keys", "workers")) and size not in TUNABLE[name]:
             raise ValueError(f"{OP}: blocks[{name!r}]={size} must be one of {TUNABLE[name]}")
-        if size < _LEAST_STAGES.get(name, 1):
-            least = _LEAST_STAGES[name]
-            raise ValueError(f"{OP}: blocks[{name!r}]={size} must be at least {least}")
+    for part in ("forward", "dq"):
+        # The ring holds the tile seen last, those that only other warpgroups see, and the next.
+        name, least = f"{part}_stages", sizes[f"{part}_workers"] + 1
+        if sizes[name] < least:
+            raise ValueError(f"{OP}: blocks[{name!r}]={sizes[name]} must be at least {least}")
     return sizes
 
 
@@ -287,12 +290,13 @@ def _plan(x: Operands, spec: Spec, sizes: Mapping[str, int], part: str) -> Plan:
     fading = {"fading_": (W, W + F - 1)} if x.fading is not None else {}
     return Plan(
         L=L,
-        length=-(-L // BLOCK) * BLOCK,
+        length=-(-L // WHOLE) * WHOLE,
         batch=B,
         heads=H,
         group=H // x.k_BLGK.shape[2],
         summed=H // x.k_BLGK.shape[2],
         K=K,
+        workers=sizes.get(f"{part}_workers", 2),
         keys=keys,
         stages=sizes[f"{part}_stages"],
         slots=sizes[f"{part}_slots"],
@@ -368,19 +372,17 @@ def _call(
     scratch: dict[str, Any],
     plan: Plan,
     total: int,
-    *,
-    workers: int = WORKERS,
     **options: bool,
 ) -> dict[str, Array]:
     interpret = None
     if dispatch.interpreted("gpu"):
         interpret = plgpu.InterpretGPUParams(detect_races=True)
-        size = (workers, ROWS, plan.keys)
+        size = (plan.workers, ROWS, plan.keys)
         scratch["staging"] = plgpu.SMEM(size, inputs["q"].dtype, transforms=_TRANSFORMS)
     names = (*inputs, *outputs)
 
     def body(*refs: Any, **shared: Any) -> None:
-        kernel(*refs, names=names, plan=plan, workers=workers, **options, **shared)
+        kernel(*refs, names=names, plan=plan, **options, **shared)
 
     call = plgpu.kernel(
         body,
@@ -388,7 +390,7 @@ def _call(
         scratch_types=scratch,
         grid=(min(plan.processors, total),),
         grid_names=("block",),
-        num_threads=workers + 1,
+        num_threads=plan.workers + 1,
         thread_name="warpgroup",
         kernel_name=f"memory_attention_{kernel.__name__}",
         compiler_params=plgpu.CompilerParams(approx_math=True),
