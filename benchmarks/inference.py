@@ -107,6 +107,7 @@ class Family:
 
     def _steps(self, prompt: list[int], logits_BV: Array, cache: Cache) -> dict[str, Any]:
         row: dict[str, Any] = {"cache_bytes": timing.nbytes(cache)}
+        self._time = len(prompt)  # of every row
         logits_BV, cache, tokens = self._run(logits_BV, cache, _CHECKED_TOKENS)
         if len(prompt) <= _CHECKED.value:
             row["error"] = self._error(prompt + tokens, logits_BV)
@@ -122,13 +123,15 @@ class Family:
 
     def _run(self, logits_BV: Array, cache: Cache, count: int) -> tuple[Array, Cache, list[int]]:
         """Greedy steps; what was fed to the first row."""
-        ones_B, fed = jnp.ones(logits_BV.shape[:1], jnp.int32), []
+        ones_B, fed = np.ones(logits_BV.shape[:1], np.int32), []
         for _ in range(count):
             token_B1 = _most_likely(logits_BV)
             fed.append(token_B1)
+            time_B = np.full(len(ones_B), self._time)
             logits_BV, cache = generate.step(
-                self.config, self.params, cache, logits_BV, token_B1, ones_B
+                self.config, self.params, cache, logits_BV, token_B1, ones_B, time_B=time_B
             )
+            self._time += 1
         jax.block_until_ready(logits_BV)
         return logits_BV, cache, [int(token_B1[0, 0]) for token_B1 in fed]
 

@@ -86,10 +86,11 @@ def _extended(
     logits_BV: Array,
     tokens_BL: Array,
     length_B: Array,
+    crosses: bool | None,
 ) -> tuple[Array, Cache]:
     """Feeds a piece; the logits after each row's last token (the old ones where it has none)."""
     language_model = model.bind(config, params)
-    x_BLD, cache = language_model.extend(tokens_BL, cache, length_B)
+    x_BLD, cache = language_model.extend(tokens_BL, cache, length_B, crosses=crosses)
     last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
     x_B1D = jnp.take_along_axis(x_BLD, last_B11, axis=1)
     after_BV = language_model.logits(x_B1D)[:, 0]
@@ -102,7 +103,9 @@ def _extend(platform: str) -> Callable[..., tuple[Array, Cache]]:
 
     For one row on a GPU, XLA would write every weight times its input to memory, and then sum."""
     options = {"xla_disable_hlo_passes": "dot-strength-reduction"} if platform == "gpu" else None
-    return jax.jit(_extended, static_argnums=0, donate_argnums=(2, 3), compiler_options=options)
+    return jax.jit(
+        _extended, static_argnums=(0, 6), donate_argnums=(2, 3), compiler_options=options
+    )
 
 
 def step(
@@ -112,17 +115,25 @@ def step(
     logits_BV: Float[Array, "B V"],
     tokens_BL: Int[ArrayLike, "B L"],
     length_B: Int[ArrayLike, " B"],
+    *,
+    time_B: np.ndarray | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Continues every row by the first length_B of its tokens, a piece: compiled once a size.
 
     Args:
       cache, logits_BV: what the step before returned; they are donated.
+      time_B: tokens that each row had so far, where the caller keeps count: then a step of one
+        token is one of two programs, as a row starts a chunk or none does, and no device waits to
+        know which. Wrong counts give wrong memories.
 
     Returns:
       The logits after each row's last token, float32 (the old ones where it has none), the cache.
     """
+    crosses = None
+    if time_B is not None and np.shape(tokens_BL)[1] == 1 and config.remembers:
+        crosses = bool(((time_B % config.chunk == 0) & (np.asarray(length_B) > 0)).any())
     extend = _extend(jax.default_backend())
-    return extend(config, params, cache, logits_BV, tokens_BL, length_B)
+    return extend(config, params, cache, logits_BV, tokens_BL, length_B, crosses)
 
 
 _sample = jax.jit(sample, static_argnames="sampling")
@@ -181,12 +192,16 @@ def prefill(
     piece = min(piece, int(lengths.max(initial=1)))
     rounds = -(-int(lengths.max(initial=0)) // piece)
     tokens = _rows(config, prompts, lengths, rounds * piece)
-    check_room(config, cache, int((np.asarray(cache.time_B) + lengths).max()))
+    time_B = np.asarray(cache.time_B)
+    check_room(config, cache, int((time_B + lengths).max()))
     logits_BV = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
     for first in range(0, tokens.shape[1], piece):
         length_B = np.clip(lengths - first, 0, piece)
         tokens_BL = tokens[:, first : first + piece]
-        logits_BV, cache = step(config, params, cache, logits_BV, tokens_BL, length_B)
+        logits_BV, cache = step(
+            config, params, cache, logits_BV, tokens_BL, length_B, time_B=time_B
+        )
+        time_B = time_B + length_B
     return logits_BV, cache
 
 
@@ -224,6 +239,7 @@ def stream(
         raise ValueError(f"{max_tokens=}: must be >= 1")
     longest = max((len(prompt) for prompt in prompts), default=0)
     logits_BV, cache = begin(config, params, prompts, max_length=longest + max_tokens)
+    time_B = np.array([len(prompt) for prompt in prompts])
     running_B = np.ones(len(prompts), bool)
     keys = jax.random.split(jax.random.key(seed), max_tokens)
     for number in range(max_tokens):
@@ -238,7 +254,10 @@ def stream(
             return
         if number + 1 < max_tokens:
             length_B = running_B.astype(np.int32)
-            logits_BV, cache = step(config, params, cache, logits_BV, token_B[:, None], length_B)
+            logits_BV, cache = step(
+                config, params, cache, logits_BV, token_B[:, None], length_B, time_B=time_B
+            )
+            time_B += length_B
 
 
 def generate(

@@ -190,12 +190,19 @@ class LanguageModel(nnx.Module):
         cache: Cache,
         length_B: Int[Array, " B"] | None = None,
         positions_BL: Int[Array, "B L"] | None = None,
+        *,
+        crosses: bool | None = None,
     ) -> tuple[Float[Array, "B L D"], Cache]:
         """Continues every row by its first length_B tokens (None: all of them).
 
-        Returns hidden states after the last norm (beyond a row's length they mean nothing) and the
-        cache. `positions_BL` None: the row's document goes on. Rows with full attention must stay
-        within the `max_length` of their cache.
+        Args:
+          positions_BL: None: the row's document goes on.
+          crosses: whether some row's piece has the first token of a chunk (`Piece.crosses`); None:
+            asked on the device, which waits for the answer, and copies what memories hold.
+
+        Returns:
+          Hidden states after the last norm (beyond a row's length they mean nothing), the cache.
+          Rows with full attention must stay within the `max_length` of their cache.
 
         Raises:
           ValueError: the piece is longer than `longest_piece(config)`, or than a row of the cache.
@@ -218,14 +225,15 @@ class LanguageModel(nnx.Module):
 
             return self._through(step, tokens_BL, cache.layers)
 
-        if length == 1 and self.config.remembers and operations.waits_at_branches():
+        one_branch = length == 1 and self.config.remembers and operations.waits_at_branches()
+        if crosses is None and one_branch:
             # One branch of a step, not one of every layer; it takes twice as long to compile.
             crosses_B = (piece.time_B % self.config.chunk == 0) & (length_B > 0)
             x_BLD, layers = jax.lax.cond(
                 jnp.any(crosses_B), lambda: extended(True), lambda: extended(False)
             )
         else:
-            x_BLD, layers = extended(None)
+            x_BLD, layers = extended(crosses)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
         position_B = jnp.take_along_axis(positions_BL, last_B1, axis=1)[:, 0] + 1
         position_B = jnp.where(length_B > 0, position_B, cache.position_B)

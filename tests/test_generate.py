@@ -105,29 +105,55 @@ def test_kernels_decode_what_a_whole_pass_gives(rng, monkeypatch, family):
     np.testing.assert_allclose(jnp.concatenate(rows, 1), want, atol=1e-4)
 
 
-def test_a_branch_of_the_step_gives_what_branches_of_layers_give(rng, monkeypatch):
-    """Rows that cross a chunk's border together, apart, or not, and one that has stopped."""
+def test_one_branch_or_none_gives_what_branches_of_layers_give(rng, monkeypatch):
+    """Rows that cross a chunk's border together, apart, or not, and one that has stopped.
+
+    A step has a branch in every layer, one of its own, or none where the caller counts."""
     config, params = build("bmojo_gate")
     prompts = [rng.integers(0, 31, size=n).tolist() for n in (9, 11, 13)]
     tokens = rng.integers(0, 31, size=(9, 3, 1))
 
     def decode(branches):
-        step = jax.jit(lambda *x: model.bind(config, params).extend(*x))
+        extend = lambda *x: model.bind(config, params).extend(*x[:3], crosses=x[3])  # noqa: E731
+        step = jax.jit(extend, static_argnums=3)
         _, state = generate.begin(config, params, prompts, max_length=30)
-        traced = step.trace(jnp.asarray(tokens[0]), state, jnp.ones(3, jnp.int32))
-        assert str(traced.jaxpr).count(" cond[") == branches
-        rows = []
+        time_B, rows = np.array([9, 11, 13]), []
         for t in range(9):
-            lengths_B = jnp.asarray([1, 1, int(t < 3)])  # the third stops at a border, 16
-            x_BLD, state = step(jnp.asarray(tokens[t]), state, lengths_B)
+            lengths_B = np.array([1, 1, int(t < 3)])  # the third stops at a border, 16
+            crosses_B = (time_B % config.chunk == 0) & (lengths_B > 0)
+            crosses = None if branches else bool(crosses_B.any())
+            arguments = jnp.asarray(tokens[t]), state, jnp.asarray(lengths_B), crosses
+            assert str(step.trace(*arguments).jaxpr).count(" cond[") == branches
+            x_BLD, state = step(*arguments)
+            time_B += lengths_B
             rows.append(jnp.where(lengths_B[:, None, None] > 0, x_BLD, 0))
         return rows, state
 
     want = decode(config.depth)
     monkeypatch.setattr(operations, "waits_at_branches", lambda: True)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), decode(1), want
-    )
+    for branches in (1, 0):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
+            decode(branches),
+            want,
+        )
+
+
+def test_who_counts_waits_for_no_answer(rng, monkeypatch):
+    """Generation tells every step whether a row starts a chunk."""
+    config, params = build("bmojo")
+    told, extended = [], generate._extended
+
+    def watched(*arguments):
+        told.append((arguments[4].shape[1], arguments[6]))  # as a program is made
+        return extended(*arguments)
+
+    monkeypatch.setattr(generate, "_extended", watched)
+    generate._extend.cache_clear()
+    prompts = [[1] * n for n in (config.chunk - 1, config.chunk + 1)]
+    generate.generate(config, params, prompts, max_tokens=4, sampling=GREEDY)
+    generate._extend.cache_clear()
+    assert {crosses for length, crosses in told if length == 1} == {False, True}
 
 
 def test_a_conversation_continues_where_it_stopped(rng):
