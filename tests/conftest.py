@@ -8,7 +8,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # The suite spends its time compiling: LLVM's expensive passes double it.
+        # The suite spends its time compiling: LLVM's expensive passes double it, and a program's
+        # modules, compiled side by side, each have a start of their own.
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
     ]
