@@ -2,8 +2,8 @@
 
 A block is a warpgroup that loads and `Plan.workers` warpgroups that compute, each with `ROWS` rows
 of its own (queries, or keys in `mosaic_keys.py`); tiles of the other side go through shared memory
-in a ring that all of a block's warpgroups read. Blocks are persistent: each works on its share of the
-items (a tile of one head), and loads run ahead into the next item.
+in a ring that all of a block's warpgroups read. Blocks are persistent: each works on its share of
+the items (a tile of one head), and loads run ahead into the next item.
 
 Both streams of token keys are bands: query i sees key j where near <= i - j <= far (`mask.py`):
 
@@ -44,11 +44,11 @@ BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
 @dataclass(frozen=True)
 class Plan:
     """Static sizes: L tokens, padded to `length`; rows of the batch; query heads of width K,
-    `group` to a key/value head, `summed` of them in what one item makes of its gradient;
-    warpgroups of a block that compute (`workers`); keys of a tile; tiles in a ring (`stages`); items whose own tiles are held at a time (`slots`); M slots
-    of a memory, of one of `chunks` chunks of `chunk` tokens; factor on the logits in units of
-    log 2; near and far of each band, by the prefix of its arrays' names; blocks that run at a
-    time."""
+    `group` to a key/value head, `summed` of them in what one item makes of its gradient; warpgroups
+    of a block that compute (`workers`); keys of a tile; tiles in a ring (`stages`); items whose own
+    tiles are held at a time (`slots`); M slots of a memory, of one of `chunks` chunks of `chunk`
+    tokens; factor on the logits in units of log 2; near and far of each band, by the prefix of its
+    arrays' names; blocks that run at a time."""
 
     L: int
     length: int

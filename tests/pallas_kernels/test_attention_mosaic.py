@@ -110,15 +110,13 @@ def named(gradients: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(v, np.float64) for path, v in leaves}
 
 
-# The last block of three warpgroups reaches beyond the row; memories of other chunks are skipped,
-# or seen by all where the ring is too short or a chunk ends within a tile.
+# Three warpgroups: the last block reaches beyond the row, in the shortest ring that there may be;
+# memories of other chunks are skipped, or seen by all where a chunk ends within a tile.
 THREE = {"forward_workers": 3, "dq_workers": 3}
 BLOCKS = {name: (name, {}) for name in SHAPES} | {
     "inside_3": ("inside", THREE),
     "one_tile_3": ("one_tile", THREE),
-    "documents_3": ("documents", THREE),
-    "documents_3_short_ring": ("documents", THREE | {"forward_stages": 4, "dq_stages": 4}),
-    "aligned_short_ring": ("aligned", {"forward_stages": 3, "dq_stages": 3}),
+    "documents_3": ("documents", THREE | {"forward_stages": 4, "dq_stages": 4}),
 }
 
 
