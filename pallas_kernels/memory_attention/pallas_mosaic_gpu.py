@@ -55,6 +55,11 @@ The tensor cores were busy 42 % of the time forward, 47 % in the kernel by keys:
 for its own softmax, whose instructions depend on each other, more than for anything else (stall
 samples). What was found on the way:
 
+* At K = 64, L 8192, M 0 a multiprocessor takes some 880 clocks for a tile; its tensor cores need
+  256 and its exponentials 264. The rest is waiting, which more warpgroups would hide. Three to a
+  block (`forward_workers`) have 160 registers each, without spills forward (dq: 112 bytes); chosen
+  nowhere, since it has not run on a GPU yet. Blocks of 192 queries divide few lengths: the last one
+  reaches beyond the row, where copies load zeros and store nothing.
 * One loop for each stream made the first tile of each a product that overlaps with nothing, and
   its code spilled registers with a memory: 0.217 ms forward at M = 64, 28 % above M = 0.
 * Tiles of 128 keys spill registers: 0.33 ms forward.
