@@ -170,4 +170,4 @@ def test_examples() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", *KERNELS])
 def test_more_examples(backend: str) -> None:
-    check(backend, count=40 if backend == "xla" else 10, longest=300)
+    check(backend, count=40 if backend == "xla" else 5, longest=300)
