@@ -164,10 +164,12 @@ class Attention(nnx.Module):
         length_B: Int[Array, " B"],
         empty: AttentionCache,
         *,
+        padded: bool,
         f_BLD: Float[Array, "B L D"] | None = None,
         e_BL: Float[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], AttentionCache]:
         """The whole pass of new rows, one document each, of length_B tokens, and their cache."""
+        del padded  # what is behind a row's tokens is seen by none of them
         documents = one_document(*u_BLD.shape[:2])
         qkv, streams, shared, seen = self._streams(u_BLD, documents, f_BLD, e_BL)
         o_BLHK = operations.memory_attention(*qkv, **streams, **shared).o_BLHK

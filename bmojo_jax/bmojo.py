@@ -66,10 +66,15 @@ class Bmojo(nnx.Module):
         return self._residual(out_BLD, ssm_BLD), measured
 
     def prefill(
-        self, u_BLD: Float[Array, "B L D"], length_B: Int[Array, " B"], empty: BmojoCache
+        self,
+        u_BLD: Float[Array, "B L D"],
+        length_B: Int[Array, " B"],
+        empty: BmojoCache,
+        *,
+        padded: bool,
     ) -> tuple[Float[Array, "B L D"], BmojoCache]:
         """The whole pass of new rows, one document each, of length_B tokens, and their cache."""
-        ssm_BLD, ssm_cache = self.ssm.prefill(u_BLD, length_B, empty.ssm)
+        ssm_BLD, ssm_cache = self.ssm.prefill(u_BLD, length_B, empty.ssm, padded=padded)
         f_BLD = self._fading(ssm_BLD)
         e_BL = states_BTD = None
         if empty.states_BTD is not None:
@@ -77,7 +82,7 @@ class Bmojo(nnx.Module):
             e_BL = self._scores(s_BLD, one_document(*u_BLD.shape[:2]).positions_BL)
             states_BTD = last(s_BLD, length_B, empty.states_BTD)
         out_BLD, attention_cache = self.attention.prefill(
-            u_BLD, length_B, empty.attention, f_BLD=f_BLD, e_BL=e_BL
+            u_BLD, length_B, empty.attention, padded=padded, f_BLD=f_BLD, e_BL=e_BL
         )
         return self._residual(out_BLD, ssm_BLD), BmojoCache(ssm_cache, attention_cache, states_BTD)
 

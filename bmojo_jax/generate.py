@@ -10,6 +10,7 @@ stopped is no longer advanced. Sampling follows the usual order: temperature, th
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,15 +69,72 @@ def sample(logits_BV: Float[Array, "B V"], key: Array, sampling: Sampling) -> In
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _begin(
-    config: ModelConfig, params: Params, empty: Cache, tokens_BL: Array, length_B: Array
+    config: ModelConfig, params: Params, empty: Cache, tokens_BL: np.ndarray, length_B: np.ndarray
 ) -> tuple[Array, Cache]:
-    """The logits after the first length_B tokens of each row, and the cache."""
-    language_model = model.bind(config, params)
-    x_BLD, cache = language_model.prefill(tokens_BL, length_B, empty)
+    """The logits after the first length_B tokens of each row, and the cache.
+
+    A program for each block of the pattern, called for every group: no copies of their weights and
+    caches for a loop over them, and no layer is compiled twice. The device is far behind the host.
+    """
+    groups = params["groups"]
+    if not isinstance(groups, tuple):
+        groups = _apart(groups)
+    ends = {name: values for name, values in params.items() if name != "groups"}
+    padded = bool(length_B.min() < tokens_BL.shape[1])
+    length_B = jnp.asarray(length_B)
+    begin_block = _begin_block(jax.default_backend())
+    x_BLD = _embed(config, ends, tokens_BL)
+    layers = []
+    for group, caches in zip(groups, empty.layers, strict=True):
+        after = []
+        for index, before in enumerate(caches):
+            block = group[str(index)]
+            x_BLD, cache = begin_block(config, index, padded, x_BLD, before, block, length_B)
+            after.append(cache)
+        layers.append(tuple(after))
+    logits_BV = _last_logits(config, ends, x_BLD, length_B)
+    # Two arrays: the next step is given both to write over.
+    return logits_BV, Cache(length_B, jnp.copy(length_B), tuple(layers))
+
+
+_apart = jax.jit(model.apart)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(config: ModelConfig, ends: Params, tokens_BL: Array) -> Array:
+    return model.bind_ends(config, ends).embed(tokens_BL)
+
+
+def _block_begun(
+    config: ModelConfig,
+    index: int,
+    padded: bool,
+    x_BLD: Array,
+    empty: Any,
+    params: Params,
+    length_B: Array,
+) -> tuple[Array, Any]:
+    block = model.bind_block(config, index, params)
+    return block.prefill(x_BLD, length_B, empty, padded=padded)
+
+
+@functools.cache
+def _begin_block(platform: str) -> Callable[..., tuple[Array, Any]]:
+    """`_block_begun`, compiled; the activations and the empty cache are donated.
+
+    Of products that share an input XLA would make one on a GPU, and then copy its parts apart."""
+    options = {"xla_gpu_dot_merger_threshold_mb": 0} if platform == "gpu" else None
+    return jax.jit(
+        _block_begun, static_argnums=(0, 1, 2), donate_argnums=(3, 4), compiler_options=options
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last_logits(config: ModelConfig, ends: Params, x_BLD: Array, length_B: Array) -> Array:
+    language_model = model.bind_ends(config, ends)
     x_B1D = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)
-    return language_model.logits(x_B1D)[:, 0], cache
+    return language_model.logits(language_model.norm(x_B1D))[:, 0]
 
 
 def _extended(

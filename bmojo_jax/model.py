@@ -26,6 +26,7 @@ from bmojo_jax.attention import Attention
 from bmojo_jax.bmojo import Bmojo
 from bmojo_jax.cache import Cache, Layers, Piece, longest_piece
 from bmojo_jax.config import BlockSpec, ModelConfig
+from bmojo_jax.embedding import embed
 from bmojo_jax.layers import (
     PRODUCT,
     Documents,
@@ -92,8 +93,22 @@ class Block(nnx.Module):
             out_BLD, measured = self.mixer(u_BLD, documents, statistics=statistics)
         return self._mlp(x_BLD + out_BLD), measured
 
-    def prefill(self, x_BLD: Array, length_B: Array, empty: Any) -> tuple[Array, Any]:
-        out_BLD, cache = self.mixer.prefill(self.norm(x_BLD), length_B, empty)
+    def prefill(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        length_B: Int[Array, " B"],
+        empty: Any,
+        *,
+        padded: bool,
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        """The whole pass of new rows, one document each, and the cache to go on with.
+
+        Args:
+          length_B: tokens of each row that count, at least 1; what is behind them is ignored.
+          empty: the block's of `empty_cache`; for full attention at least as long as the rows.
+          padded: whether some row has less than L tokens.
+        """
+        out_BLD, cache = self.mixer.prefill(self.norm(x_BLD), length_B, empty, padded=padded)
         return self._mlp(x_BLD + out_BLD), cache
 
     def extend(self, x_BLD: Array, cache: Any, piece: Piece) -> tuple[Array, Any]:
@@ -162,27 +177,8 @@ class LanguageModel(nnx.Module):
                 x_BLD, measured[str(i)] = blocks[str(i)](x_BLD, documents, statistics=statistics)
             return x_BLD, measured
 
-        x_BLD, measured = _over_groups(body, self._embed(tokens_BL), stacked, config.remat)
+        x_BLD, measured = _over_groups(body, self.embed(tokens_BL), stacked, config.remat)
         return self.norm(x_BLD), measured
-
-    def prefill(
-        self, tokens_BL: Int[Array, "B L"], length_B: Int[Array, " B"], empty: Cache
-    ) -> tuple[Float[Array, "B L D"], Cache]:
-        """The whole pass of new rows, one document each, and the cache with which `extend` goes on.
-
-        Args:
-          length_B: tokens of each row that count, at least 1; what is behind them is ignored.
-          empty: of `empty_cache`, made for this many rows; for full attention at least this long.
-
-        Returns:
-          Hidden states after the last norm (beyond a row's length they mean nothing), the cache.
-        """
-
-        def first(x_BLD, block, before):
-            return block.prefill(x_BLD, length_B, before)
-
-        x_BLD, layers = self._through(first, tokens_BL, empty.layers)
-        return self.norm(x_BLD), Cache(length_B, length_B, layers)
 
     def extend(
         self,
@@ -252,7 +248,7 @@ class LanguageModel(nnx.Module):
                 after.append(cache)
             return x_BLD, tuple(after)
 
-        x_BLD = self._embed(tokens_BL)
+        x_BLD = self.embed(tokens_BL)
         if tokens_BL.shape[1] > 1:
             x_BLD, after = jax.lax.scan(body, x_BLD, (stacked, _stacked(caches)))
             return x_BLD, apart(after)
@@ -263,6 +259,11 @@ class LanguageModel(nnx.Module):
             groups.append(after)
         return x_BLD, tuple(groups)
 
+    def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        # Gathered before it is rounded: the gradient sums the uses of a token, in float32.
+        x_BLD = embed(self.embedding.table[...], tokens_BL, self.config.compute_dtype)
+        return constrain(x_BLD, BATCH, CONTEXT, None)
+
     def logits(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         w_VD = self.output_weights().astype(x_BLD.dtype)
         return jnp.einsum("BLD,VD->BLV", x_BLD, w_VD, preferred_element_type=jnp.float32)
@@ -271,11 +272,6 @@ class LanguageModel(nnx.Module):
         if self.config.tie_embeddings:
             return self.embedding.table[...]
         return self.head.kernel[...].T
-
-    def _embed(self, tokens_BL):
-        # Gathered before it is rounded: the gradient sums the uses of a token, in float32.
-        x_BLD = self.embedding.table[...][tokens_BL].astype(self.config.compute_dtype)
-        return constrain(x_BLD, BATCH, CONTEXT, None)
 
 
 def apart(stacked: Any) -> tuple[Any, ...]:
@@ -346,6 +342,18 @@ def bind(config: ModelConfig, params: Params) -> LanguageModel:
     if isinstance(params["groups"], tuple):
         params = params | {"groups": _stacked(params["groups"])}
     return nnx.merge(_graph(config), nnx.State(params))
+
+
+def bind_ends(config: ModelConfig, params: Params) -> LanguageModel:
+    """The module without its blocks: what is before and behind them, all parameters but "groups"."""
+    return nnx.merge(_graph_of_ends(config), nnx.State(params))
+
+
+@functools.cache
+def _graph_of_ends(config: ModelConfig) -> nnx.GraphDef:
+    abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(params=0)))
+    del abstract.groups
+    return nnx.split(abstract, nnx.Param, ...)[0]
 
 
 def bind_block(config: ModelConfig, index: int, params: Params) -> Block:

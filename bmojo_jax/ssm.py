@@ -64,11 +64,19 @@ class Mamba(nnx.Module):
         return self._whole(u_BLD, documents, None)[0]
 
     def prefill(
-        self, u_BLD: Float[Array, "B L D"], length_B: Int[Array, " B"], empty: SsmCache
+        self,
+        u_BLD: Float[Array, "B L D"],
+        length_B: Int[Array, " B"],
+        empty: SsmCache,
+        *,
+        padded: bool,
     ) -> tuple[Float[Array, "B L D"], SsmCache]:
-        """The whole pass of new rows, one document each, of length_B tokens, and their cache."""
+        """The whole pass of new rows, one document each, of length_B tokens, and their cache.
+
+        Only `padded` rows may have fewer than L tokens: their step sizes are masked, an extra pass
+        over [B, L, E]."""
         documents = one_document(*u_BLD.shape[:2])
-        out_BLD, x_BLE, h_BEN = self._whole(u_BLD, documents, length_B)
+        out_BLD, x_BLE, h_BEN = self._whole(u_BLD, documents, length_B if padded else None)
         tail_BTE = last(x_BLE, length_B, empty.tail_BTE)
         return out_BLD, SsmCache(tail_BTE, h_BEN.astype(empty.h_BEN.dtype))
 

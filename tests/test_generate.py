@@ -82,6 +82,24 @@ def test_one_pass_leaves_what_pieces_leave(rng, family, positions):
         np.testing.assert_allclose(logits_BV, want_BV, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["transformer", "mamba", "bmojo"])
+def test_one_pass_of_rows_without_padding(rng, family):
+    """The program that masks nothing, as no row is shorter than what it is compiled for; and
+    parameters that were not made for decoding."""
+    config = small_config(**FAMILIES[family])
+    params = float64_params(config)
+    prompts = rng.integers(0, 31, size=(2, 48)).tolist()
+    empty = cache.empty_cache(config, 2, max_length=50)
+    want_BV, want = generate.prefill(config, params, empty, prompts)
+    for given in (params, model.for_inference(config, params)):
+        got_BV, state = generate.begin(config, given, prompts, max_length=50)
+        np.testing.assert_allclose(got_BV, want_BV, atol=1e-5)
+    part = rng.integers(0, 31, size=(2, 2)).tolist()
+    got_BV, _ = generate.prefill(config, params, state, part)
+    want_BV, _ = generate.prefill(config, params, want, part)
+    np.testing.assert_allclose(got_BV, want_BV, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["transformer", "bmojo", "bmojo_gate"])
 def test_kernels_decode_what_a_whole_pass_gives(rng, monkeypatch, family):
     """Token by token, across borders of chunks and rings; the kernels interpreted."""

@@ -19,6 +19,7 @@ LAYERS = [
     {"bmojo_jax.manifest"},
     {"bmojo_jax.inventory"},
     {"bmojo_jax.sharding", "bmojo_jax.layers"},
+    {"bmojo_jax.embedding"},
     {"bmojo_jax.memory"},
     {"bmojo_jax.context"},
     {"bmojo_jax.operations"},

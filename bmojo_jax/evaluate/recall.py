@@ -120,7 +120,11 @@ def test_examples(config: TrainConfig) -> Example:
 def asked_states(config: TrainConfig, params: model.Params, rows: Example) -> Float[Array, "B A D"]:
     """Hidden states at the asked positions, of one replica."""
     x_BLD = model.hidden_states(config.model, params, rows.tokens)
-    return jnp.take_along_axis(x_BLD, rows.asked[:, :, None], axis=1)
+    # By a product with 0 and 1: a gather's gradient is a scatter, which GPUs sort if it must be
+    # deterministic.
+    asked_BAL = rows.asked[:, :, None] == jnp.arange(x_BLD.shape[1])[None, None, :]
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("BAL,BLD->BAD", asked_BAL.astype(x_BLD.dtype), x_BLD, precision=highest)
 
 
 def _answer(

@@ -252,8 +252,9 @@ class Queries:
     def queries(self, worker: Array) -> tuple[Array, Any]:
         """The first query of a warpgroup, and the rows of its results.
 
-        Beyond the row's end it computes what the last queries see and stores nothing: copies to
-        device memory leave out what lies outside an array."""
+        Beyond the row's end it computes what the last queries see. Copies of tiles to device memory
+        leave out what lies outside a row; those of contiguous numbers, such as lse, only what lies
+        outside the array, and would overwrite the next head's."""
         first = self.first + worker * ROWS
         return jnp.minimum(first, self.plan.length - ROWS), pl.ds(first, ROWS)
 

@@ -143,7 +143,10 @@ def forward(operands: Operands, spec: Spec) -> AttentionOutput:
     }
     outputs = {
         "o": _like(inputs["q"]),
-        "lse": jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.length), jnp.float32),
+        # Room for all of the last block: see `Queries.queries`.
+        "lse": jax.ShapeDtypeStruct(
+            (plan.batch, plan.heads, plan.tiles * plan.block), jnp.float32
+        ),
     }
     out = _call(forward_kernel, inputs, outputs, scratch, plan, Queries.total(plan))
     L = plan.L
@@ -255,6 +258,9 @@ def _sizes(x: Operands, spec: Spec) -> dict[str, int]:
     B, L, H, K = x.q_BLHK.shape
     M = 0 if x.eidetic is None else x.eidetic.k_BZMGK.shape[2]
     wide = K > 64
+    # Three warpgroups hide more of what they wait for, where there are registers for them, queries
+    # for many blocks, and no memories of other chunks in a warpgroup's way.
+    three = not wide and L >= 1024 and (M == 0 or spec.chunk % ROWS == 0)
     sizes = choose(
         OP,
         shape={
@@ -263,7 +269,7 @@ def _sizes(x: Operands, spec: Spec) -> dict[str, int]:
         },
         dtype=x.q_BLHK.dtype,
         heuristic={
-            "forward_workers": 2,
+            "forward_workers": 3 if three else 2,
             "forward_keys": 64,
             "forward_stages": 4 if wide else 6,
             "forward_slots": 2,
