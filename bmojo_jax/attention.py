@@ -16,16 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bmojo_jax import memory, operations
-from bmojo_jax.cache import (
-    AttentionCache,
-    EideticCache,
-    KeyRing,
-    Piece,
-    ring_of,
-    ring_times,
-    write,
-    write_keys,
-)
+from bmojo_jax.cache import AttentionCache, EideticCache, Piece, ring_of, ring_times, write
 from bmojo_jax.config import ModelConfig
 from bmojo_jax.layers import (
     Documents,
@@ -33,7 +24,7 @@ from bmojo_jax.layers import (
     RMSNorm,
     one_document,
 )
-from pallas_kernels import KeyStream
+from pallas_kernels import KeyRing, KeyStream
 
 # Keeps log(e / mean e) finite where a token was predicted without error.
 INNOVATION_FLOOR = 1e-6
@@ -258,11 +249,18 @@ class Attention(nnx.Module):
         start_BL = piece.start_BL[:, :, None]
         zero_B1 = piece.time_B[:, None]
         q_BLHK = self.placed(self.q_proj(u_BLD), "q_norm", piece.time_BL - zero_B1)
-        k_BLGK, v_BLGK = self.keys_values(u_BLD)
-        # Read where it was written: XLA would choose between old and new once more for every use,
-        # and copy the ring.
-        ring = jax.lax.optimization_barrier(
-            write_keys(cache.window, self._normed(k_BLGK), v_BLGK, piece)
+        before, keys_values = [cache.window], [self.keys_values(u_BLD)]
+        if cache.fading is not None:
+            assert f_BLD is not None
+            before.append(cache.fading)
+            keys_values.append(self.fading_keys_values(f_BLD))
+        ring, *rings = operations.write_keys(
+            before,
+            keys_values,
+            piece.time_BL,
+            piece.real_BL,
+            self.k_norm.scale[...] if self.config.qk_norm else None,
+            eps=self.config.norm_eps,
         )
 
         def stream(ring: KeyRing, oldest: int | None, newest: int) -> KeyStream:
@@ -275,14 +273,10 @@ class Attention(nnx.Module):
             return KeyStream(ring.k_BRGK, ring.v_BRGK, time_BR - zero_B1, visible)
 
         streams = [stream(ring, self.window, 0)]
-        fading, eidetic = cache.fading, cache.eidetic
-        if fading is not None:
-            assert f_BLD is not None and self.window is not None
-            k_BLGK, v_BLGK = self.fading_keys_values(f_BLD)
-            keys = self._normed(k_BLGK)
-            fading = jax.lax.optimization_barrier(write_keys(fading, keys, v_BLGK, piece))
-            if self.fading_window:
-                streams.append(stream(fading, self.window + self.fading_window, self.window))
+        fading, eidetic = rings[0] if rings else None, cache.eidetic
+        if fading is not None and self.fading_window:
+            assert self.window is not None
+            streams.append(stream(fading, self.window + self.fading_window, self.window))
         if eidetic is not None:
             assert e_BL is not None
             eidetic = eidetic._replace(e_BR=write(eidetic.e_BR, e_BL, piece))

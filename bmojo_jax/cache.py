@@ -24,7 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 from bmojo_jax.config import BlockSpec, ModelConfig
 from bmojo_jax.layers import at_least_float32
 from bmojo_jax.memory import Slots, empty_slots
+from pallas_kernels import KeyRing
 from pallas_kernels.innovation.api import TAPS
+from pallas_kernels.write_keys.xla import write_ring
 
 
 class Piece(NamedTuple):
@@ -59,13 +61,6 @@ class SsmCache(NamedTuple):
 
     tail_BTE: Float[Array, "B T E"]  # the last T - 1 inputs of the convolution
     h_BEN: Float[Array, "B E N"]  # the state, float32
-
-
-class KeyRing(NamedTuple):
-    """The latest R keys, normed and unrotated, and values; token t lies in slot t mod R."""
-
-    k_BRGK: Float[Array, "B R G K"]
-    v_BRGK: Float[Array, "B R G K"]
 
 
 class EideticCache(NamedTuple):
@@ -133,31 +128,8 @@ def _at(x_BL: Array, time_BT: Int[Array, "B T"]) -> Array:
 
 
 def write(buffer_BR: Array, new_BL: Array, piece: Piece) -> Array:
-    """Puts the real tokens of new_BL[B, L, ...] into their slots of a ring [B, R, ...], L <= R.
-
-    What is not real writes what lies there. Dropping it as out of range is not safe: where scatters
-    are to be deterministic XLA for GPUs takes the slot behind a row for the first of the next
-    (JAX 0.11).
-
-    Raises:
-      ValueError: L > R, so that tokens would share slots.
-    """
-    if new_BL.shape[1] > buffer_BR.shape[1]:
-        raise ValueError(
-            f"a piece of {new_BL.shape[1]} tokens: the cache holds {buffer_BR.shape[1]} of a row"
-        )
-    slot_BL = piece.time_BL % buffer_BR.shape[1]
-    real, slot = (
-        v.reshape(*slot_BL.shape, *(1,) * (new_BL.ndim - 2)) for v in (piece.real_BL, slot_BL)
-    )
-    old_BL = jnp.take_along_axis(buffer_BR, slot, axis=1, mode="promise_in_bounds")
-    new_BL = jnp.where(real, new_BL.astype(buffer_BR.dtype), old_BL)
-    row_B1 = jnp.arange(buffer_BR.shape[0])[:, None]
-    return buffer_BR.at[row_B1, slot_BL].set(new_BL, mode="promise_in_bounds", unique_indices=True)
-
-
-def write_keys(ring: KeyRing, k_BLGK: Array, v_BLGK: Array, piece: Piece) -> KeyRing:
-    return KeyRing(write(ring.k_BRGK, k_BLGK, piece), write(ring.v_BRGK, v_BLGK, piece))
+    """Puts the real tokens of new_BL[B, L, ...] into their slots of a ring [B, R, ...], L <= R."""
+    return write_ring(buffer_BR, new_BL, piece.time_BL, piece.real_BL)
 
 
 def ring_times(end_B: Int[Array, " B"], capacity: int) -> Int[Array, "B R"]:

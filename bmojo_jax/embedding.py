@@ -7,10 +7,10 @@ XLA's scatter-add sums with atomics on GPUs, in no fixed order, or, with
 25 million of them took some 100 passes and 15 of 44 ms of a training step on an H100. So there the
 rows are put in the order of their tokens, in blocks of R, and
 
-    partial[b, j] = sum of the rows of block b that have its j-th token      (a product with 0 and 1)
+    partial[b, j] = sum of the rows of block b that have its j-th token    (a product with 0 and 1)
 
 A token's rows begin in one block and may go on at the head (j = 0) of the following ones; a second
-product, over blocks, adds those. All sums are float32 (float64 of float64) in an order of their own.
+product, over blocks, adds those. All sums are float32 (float64 of float64), always in one order.
 """
 
 import functools

@@ -345,7 +345,7 @@ def bind(config: ModelConfig, params: Params) -> LanguageModel:
 
 
 def bind_ends(config: ModelConfig, params: Params) -> LanguageModel:
-    """The module without its blocks: what is before and behind them, all parameters but "groups"."""
+    """The module without its blocks, of all parameters but "groups"."""
     return nnx.merge(_graph_of_ends(config), nnx.State(params))
 
 

@@ -285,13 +285,33 @@ def waits_at_branches() -> bool:
     return dispatch.platform() == "gpu"
 
 
+@jax.named_scope("write_keys")
+def write_keys(
+    rings: Sequence[pallas_kernels.KeyRing],
+    keys_values: Sequence[tuple[Float[Array, "B L G K"], Float[Array, "B L G K"]]],
+    time_BL: Int[Array, "B L"],
+    real_BL: Bool[Array, "B L"],
+    scale_K: Float[Array, " K"] | None,
+    *,
+    eps: float,
+) -> tuple[pallas_kernels.KeyRing, ...]:
+    """`pallas_kernels.write_keys`; on a mesh of several devices XLA cuts it."""
+    return pallas_kernels.write_keys(
+        rings, keys_values, time_BL, real_BL, scale_K, eps=eps, implementation=_cut_by_xla()
+    )
+
+
 @jax.named_scope("cached_attention")
 def cached_attention(
     q_BLHK: Float[Array, "B L H K"], streams: list[pallas_kernels.KeyStream], *, theta: float
 ) -> Float[Array, "B L H K"]:
     """`pallas_kernels.cached_attention`; on a mesh of several devices XLA cuts it."""
-    mesh = sharding.ambient_mesh()
-    alone = mesh is None or mesh.size == 1
     return pallas_kernels.cached_attention(
-        q_BLHK, streams, theta=theta, implementation=None if alone else "xla"
+        q_BLHK, streams, theta=theta, implementation=_cut_by_xla()
     )
+
+
+def _cut_by_xla() -> str | None:
+    """The implementation that the partitioner understands, where there is something to cut."""
+    mesh = sharding.ambient_mesh()
+    return None if mesh is None or mesh.size == 1 else "xla"

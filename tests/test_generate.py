@@ -109,6 +109,8 @@ def test_kernels_decode_what_a_whole_pass_gives(rng, monkeypatch, family):
         "cached_attention",
         lambda q, streams, *, theta: kernels(q, streams, theta=theta),
     )
+    write_keys = functools.partial(pallas_kernels.write_keys, implementation="pallas_triton")
+    monkeypatch.setattr(operations, "write_keys", write_keys)
     changes = FAMILIES[family] | {"head_width": 32, "compute_dtype": "float32"}
     config = small_config(**changes)
     params = jax.tree.map(lambda p: p.astype(jnp.float32), float64_params(config))

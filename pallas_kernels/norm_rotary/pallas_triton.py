@@ -4,8 +4,8 @@ A program has a few heads of some tokens in registers, and makes the angles of i
 all of them, as integers, 2^-32 of a turn: at position 131,072 they are off by 1e-4 at most, where
 float32 angles are by 4e-3. The floor is what must move: x and y forward; x, dy and dx backward,
 where the norm is made again. For 16 heads of queries and twice 4 of keys, of 8192 tokens with K =
-128, XLA's fusions take 73 us forward and 138 backward on an H100, where the bytes take 38 and 55.
-Not measured yet.
+128, on an H100, this takes 40 us forward and 124 with gradients, 1.13 and 1.41 times what the bytes
+take; XLA's fusions took 73 and 211 (`results/kernels/attention_mixer.json`).
 
 Everything is float32 between reading and writing; the scale's gradient is summed over a program in
 the kernel and over programs by XLA, always in the same order.
