@@ -58,8 +58,8 @@ def make_deterministic() -> None:
     """Same seed, same devices, same numbers; to be called before a device is used.
 
     Otherwise a GPU adds up the gradients of gathers in any order (measured on an H100: losses of
-    equal runs 4e-3 apart after 40 steps; bit for bit equal with this, at 10 % fewer tokens/s, before
-    `embedding.py` summed the largest of them itself).
+    equal runs 4e-3 apart after 40 steps; bit for bit equal with this, at 10 % fewer tokens/s; since
+    then `embedding.py` sums the largest of them itself).
     """
     option = "--xla_gpu_deterministic_ops"
     chosen = os.environ.get("XLA_FLAGS", "")
