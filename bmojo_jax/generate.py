@@ -70,9 +70,9 @@ def sample(logits_BV: Float[Array, "B V"], key: Array, sampling: Sampling) -> In
 
 
 def _begin(
-    config: ModelConfig, params: Params, empty: Cache, tokens_BL: np.ndarray, length_B: np.ndarray
+    config: ModelConfig, params: Params, empty: Cache, tokens_BL: np.ndarray, lengths: np.ndarray
 ) -> tuple[Array, Cache]:
-    """The logits after the first length_B tokens of each row, and the cache.
+    """The logits after as many tokens of each row as `lengths` says, and the cache.
 
     A program for each block of the pattern, called for every group: no copies of their weights and
     caches for a loop over them, and no layer is compiled twice. The device is far behind the host.
@@ -81,8 +81,8 @@ def _begin(
     if not isinstance(groups, tuple):
         groups = _apart(groups)
     ends = {name: values for name, values in params.items() if name != "groups"}
-    padded = bool(length_B.min() < tokens_BL.shape[1])
-    length_B = jnp.asarray(length_B)
+    padded = bool(lengths.min() < tokens_BL.shape[1])
+    length_B = jnp.asarray(lengths)
     begin_block = _begin_block(jax.default_backend())
     x_BLD = _embed(config, ends, tokens_BL)
     layers = []
